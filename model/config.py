@@ -1,0 +1,124 @@
+"""Frozen model configuration, read from and written to a checkpoint's ``config.json``.
+
+Field names are Hugging Face's (GPT-2's and the public ``mot`` model's). This module does not know tensors:
+``model.checkpoint`` corrects the expert count and size from the tensors' shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from model.errors import CheckpointError
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish")
+
+# Settings of Hugging Face's GPT-2 that change the arithmetic and that this decoder does not implement.
+_UNSUPPORTED: dict[str, Any] = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and constants of one decoder. Defaults are Hugging Face's for ``GPT2Config`` and ``MoTConfig``,
+    whose ``config.json`` leaves out what equals the default."""
+
+    model_type: Literal["mot", "gpt2"] = "mot"
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # hidden size of the dense layer; None: 4 * n_embd
+    group_size: int = 32
+    n_expert: int = 32
+    expert_size: int = 0  # 0: not stated; the loader reads it from the tensors
+    temperature: float = 1.0
+    emit_softmax_over_experts: bool = False
+    use_discrete_routing: bool = False
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "group_size", "n_expert"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {value!r}")
+        if self.model_type not in ("mot", "gpt2"):
+            raise ValueError(f"model_type must be 'mot' or 'gpt2', not {self.model_type!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a number of at least 0, not {self.temperature!r}")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}"
+            )
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and 0 <= value < self.vocab_size):
+                raise ValueError(f"{name} must be a token id below vocab_size ({self.vocab_size}), not {value!r}")
+
+    @property
+    def is_mot(self) -> bool:
+        return self.model_type == "mot"
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def hidden_size(self) -> int:
+        """Hidden size of the dense feed-forward layer (``gpt2``)."""
+        return self.n_inner if self.n_inner is not None else 4 * self.n_embd
+
+    @property
+    def expansion(self) -> float:
+        """Feed-forward parameters over those of the dense layer with the same FLOPs a token: the group size."""
+        return float(self.group_size) if self.is_mot else 1.0
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Raises ValueError naming the field that is wrong or not supported. Unknown fields, of which Hugging Face
+        configurations carry many, do not matter here."""
+        for name, supported in _UNSUPPORTED.items():
+            if values.get(name, supported) != supported:
+                raise ValueError(f"{name} = {values[name]!r} is not supported (only {supported!r})")
+        known = {field.name for field in dataclasses.fields(cls)}
+        chosen = {name: value for name, value in values.items() if name in known and value is not None}
+        if "model_type" not in chosen:
+            raise ValueError("model_type is missing ('mot' or 'gpt2')")
+        return cls(**chosen)
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelConfig:
+        """Raises CheckpointError when ``config.json`` is missing, is not JSON or holds a bad value."""
+        path = folder / "config.json"
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not found") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: not a JSON object")
+        try:
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def save(self, folder: Path) -> None:
+        values = {"architectures": ["MoTLMHeadModel" if self.is_mot else "GPT2LMHeadModel"], **dataclasses.asdict(self)}
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,117 @@
+"""The Mixture-of-Tokens layer: mixing weights, experts, redistribution (Antoniak et al., arXiv 2310.15961).
+
+Knows groups of activations and nothing of requests, positions or KV. ``ExpertBank`` holds one layer's weights;
+``mix_groups`` is the plain form that training and evaluation use and that the serving forms are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATION_FUNCTIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+class ExpertBank(nn.Module):
+    """Weights of one MoT layer: ``controller [D, E]``, ``lin1 [E, D, S]``, ``lin2 [E, S, D]``, no biases."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, e, s = config.n_embd, config.n_expert, config.expert_size
+        self.controller = nn.Parameter(torch.empty(d, e))
+        self.lin1 = nn.Parameter(torch.empty(e, d, s))
+        self.lin2 = nn.Parameter(torch.empty(e, s, d))
+        self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
+        self.over_experts = config.emit_softmax_over_experts
+        self.discrete = config.use_discrete_routing
+
+    def initialize(self, std: float, residual_std: float) -> None:
+        nn.init.normal_(self.controller, std=std)
+        nn.init.normal_(self.lin1, std=std)
+        nn.init.normal_(self.lin2, std=residual_std)
+
+    def experts(self, mixes: Tensor) -> Tensor:
+        """``mixes [E, n, D]`` to ``[E, n, D]``: every expert on its own rows."""
+        return torch.bmm(self.activation(torch.bmm(mixes, self.lin1)), self.lin2)
+
+
+def _one_hot_at_maximum(values: Tensor, dim: int) -> Tensor:
+    """One at the (first) maximum along ``dim``, zero elsewhere."""
+    return torch.zeros_like(values).scatter_(dim, values.argmax(dim, keepdim=True), 1.0)
+
+
+def mixing_weights(scores: Tensor, temperature: float, *, over_experts: bool, discrete: bool) -> tuple[Tensor, Tensor]:
+    """``scores [n, G, E]`` to the weights that mix and the weights that redistribute, both ``[n, G, E]``.
+
+    ``w[t, e] = softmax over t of s[t, e] / T``; redistribution uses the same or, ``over_experts``, a softmax over
+    ``e``. ``discrete`` or T = 0 turn both into one-hot at their maximum.
+    """
+    if discrete or temperature == 0:
+        merge = _one_hot_at_maximum(scores, 1)
+        return merge, _one_hot_at_maximum(scores, 2) if over_experts else merge
+    merge = torch.softmax(scores / temperature, dim=1)
+    return merge, torch.softmax(scores / temperature, dim=2) if over_experts else merge
+
+
+def mix_groups(bank: ExpertBank, members: Tensor, temperature: float) -> Tensor:
+    """``members [n, G, D]``, n groups of G tokens after the layer norm, to ``[n, G, D]``."""
+    merge, emit = mixing_weights(
+        members @ bank.controller, temperature, over_experts=bank.over_experts, discrete=bank.discrete
+    )
+    mixes = torch.bmm(merge.transpose(1, 2), members)  # [n, E, D]
+    outputs = bank.experts(mixes.transpose(0, 1))  # [E, n, D]
+    return torch.bmm(emit, outputs.transpose(0, 1))
+
+
+def mixing_entropy(merge: Tensor) -> Tensor:
+    """Entropy over the members of ``merge [n, G, E]``, mean over experts, over its maximum ``log G``: ``[n]``,
+    from 0 (each expert takes one token) to 1 (each takes the plain mean)."""
+    size = merge.shape[1]
+    if size == 1:
+        return merge.new_zeros(merge.shape[0])
+    entropy = torch.special.entr(merge).sum(1).mean(1)
+    return entropy / torch.tensor(float(size)).log()
+
+
+class WholeSequences:
+    """``mix`` for B whole sequences of equal length: groups are consecutive sequences of the batch at one position.
+
+    The last group is filled up to G with zero vectors, as the public Hugging Face ``mot`` model does, with nothing
+    (``pad=False``: a group of fewer members), or with nothing to do when G divides B.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, *, temperature: float | None = None, pad: bool = True) -> None:
+        self.group_size = config.group_size
+        self.batch = batch
+        self.temperature = config.temperature if temperature is None else temperature
+        self.pad = pad
+
+    def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        rows, width = x.shape
+        length = rows // self.batch
+        size = self.group_size if self.pad else min(self.group_size, self.batch)
+        full = -(-self.batch // size) * size
+        if full != self.batch:
+            x = torch.cat((x, x.new_zeros((full - self.batch) * length, width)))
+        groups = x.view(full // size, size, length, width).transpose(1, 2).reshape(-1, size, width)
+        out = mix_groups(bank, groups, self.temperature)
+        return out.view(full // size, length, size, width).transpose(1, 2).reshape(-1, width)[:rows]

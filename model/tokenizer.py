@@ -1,0 +1,132 @@
+"""Byte-pair tokenizer around ``tokenizers``, and decoding one token at a time.
+
+Knows text and token ids, nothing of models or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as _Tokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from model.errors import CheckpointError
+
+END_OF_TEXT = "<|endoftext|>"
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, inner: _Tokenizer) -> None:
+        self._inner = inner
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer | None:
+        """The folder's ``tokenizer.json``, or None where there is none. Raises CheckpointError on a broken one."""
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            return None
+        try:
+            return cls(_Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{path}: {error}") from None
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int) -> Tokenizer:
+        """Byte-level BPE, so that every text has tokens and every token bytes; ``<|endoftext|>`` is the last id."""
+        inner = _Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[END_OF_TEXT],
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            ),
+        )
+        return cls(inner)
+
+    def save(self, folder: Path) -> None:
+        self._inner.save(str(folder / "tokenizer.json"))
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self._inner.get_vocab_size(with_added_tokens=True)
+        return size
+
+    def id_of(self, token: str) -> int | None:
+        found: int | None = self._inner.token_to_id(token)
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for: half a character is possible. Empty for an id the tokenizer lacks."""
+        token = self._inner.id_to_token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF[char] for char in token)
+        except KeyError:  # a special token, written as itself
+            return str(token).encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte (Radford et al. 2019, ``bytes_to_unicode``), the other way round."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class IncrementalDecoder:
+    """Turns a stream of ids into a stream of text, never emitting part of a UTF-8 character.
+
+    A window of recent ids is decoded again at each step, since a tokenizer may write a token differently after
+    another; text is withheld while it ends in the replacement character, and ``flush`` gives up on it.
+    """
+
+    _LONGEST_WAIT = 8  # ids; a character has at most four bytes, each at least one id
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._prefix = 0  # ids before this are settled context
+        self._read = 0  # ids before this have been emitted
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this id; may be empty."""
+        self._ids.append(token_id)
+        before = self._tokenizer.decode(self._ids[self._prefix : self._read])
+        now = self._tokenizer.decode(self._ids[self._prefix :])
+        waiting = len(self._ids) - self._read
+        if (now.endswith(_REPLACEMENT) and waiting < self._LONGEST_WAIT) or len(now) <= len(before):
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        del self._ids[: self._prefix]
+        self._read -= self._prefix
+        self._prefix = 0
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end, with a replacement character for bytes that never became a character."""
+        before = self._tokenizer.decode(self._ids[self._prefix : self._read])
+        now = self._tokenizer.decode(self._ids[self._prefix :])
+        self._prefix = self._read = len(self._ids)
+        return now[len(before) :]

@@ -1,0 +1,104 @@
+"""The decoder: token ids and positions to hidden states and logits (GPT-2's arrangement, pre-norm).
+
+It does not know how rows are arranged into sequences, pages or groups: the caller hands in ``attend`` and ``mix``,
+which do. Whole sequences (training, evaluation) and the paged engine therefore run the same code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Attention
+from model.config import ModelConfig
+from model.feed_forward import DenseFeedForward
+from model.mixing import ExpertBank
+
+
+class Attend(Protocol):
+    """Causal attention of one layer over rows ``qkv [n, 3D]``; returns ``[n, D]``. Keys and values are its affair."""
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor: ...
+
+
+class Mix(Protocol):
+    """One MoT layer over rows ``x [n, D]`` after the layer norm; returns ``[n, D]``. Groups are its affair."""
+
+    def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor: ...
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = ExpertBank(config) if config.is_mot else DenseFeedForward(config)
+
+    def forward(self, layer: int, x: Tensor, attend: Attend, mix: Mix) -> Tensor:
+        x = x + self.attn.c_proj(attend(layer, self.attn.c_attn(self.ln_1(x))))
+        normed = self.ln_2(x)
+        return x + (mix(layer, self.mlp, normed) if isinstance(self.mlp, ExpertBank) else self.mlp(normed))
+
+
+class Transformer(nn.Module):
+    """Parameter names are those of Hugging Face's GPT-2 without the ``transformer.`` prefix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(self.h)  # type: ignore[arg-type]
+
+    @property
+    def banks(self) -> list[ExpertBank]:
+        """The MoT layers, in order; empty for a dense model."""
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, ExpertBank)]
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.wte.weight.dtype
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def initialize(self, seed: int) -> None:
+        """GPT-2's initialisation: normal of 0.02, divided by sqrt(2 * layers) where a block writes to the residual."""
+        torch.manual_seed(seed)
+        std, residual_std = 0.02, 0.02 / math.sqrt(2 * self.config.n_layer)
+        nn.init.normal_(self.wte.weight, std=std)
+        nn.init.normal_(self.wpe.weight, std=std)
+        if self.lm_head is not None:
+            nn.init.normal_(self.lm_head.weight, std=std)
+        for block in self.blocks:
+            block.attn.c_attn.initialize(std)
+            block.attn.c_proj.initialize(residual_std)
+            block.mlp.initialize(std, residual_std)
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, mix: Mix) -> Tensor:
+        """``ids [n]`` and ``positions [n]`` of n rows to hidden states ``[n, D]`` after the last layer norm."""
+        x = self.wte(ids) + self.wpe(positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(layer, x, attend, mix)
+        hidden: Tensor = self.ln_f(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden [n, D]`` to ``[n, vocab_size]``."""
+        return F.linear(hidden, self.wte.weight if self.lm_head is None else self.lm_head.weight)

@@ -1,0 +1,1 @@
+"""The inference server: HTTP, command line and the engine behind them."""

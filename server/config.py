@@ -1,0 +1,62 @@
+"""Frozen settings of the server, from flags, environment variables ``MOTSERVE_…`` and an optional file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(value: object) -> int:
+    """``1GiB``, ``512 MB`` or a number of bytes. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size such as 1GiB or 512MB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_window(value: object) -> int | None:
+    """``auto`` (None) or a number of positions of at least 1. Raises ValueError."""
+    if value is None or value == "auto":
+        return None
+    try:
+        window = int(str(value))
+    except ValueError:
+        window = 0
+    if window < 1:
+        raise ValueError(f"{value!r} is neither 'auto' nor a whole number of at least 1")
+    return window
+
+
+class Settings(BaseSettings):
+    """Every field is a flag of ``motserve serve`` and an environment variable ``MOTSERVE_<FIELD>``."""
+
+    model_config = SettingsConfigDict(env_prefix="MOTSERVE_", frozen=True, extra="forbid", protected_namespaces=())
+
+    model: Path | None = Field(None, description="checkpoint folder; the bundled demonstration model when absent")
+    served_model_name: str | None = Field(None, min_length=1, description="name in /v1/models; default: the folder's")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's choice")
+    group_fill: Literal["reference", "zeros", "none"] = "reference"
+    position_window: Annotated[int | None, BeforeValidator(parse_window)] = Field(
+        None, description="how far apart members of a decode group may be; 1: exact position; auto: by the machine"
+    )
+    max_groups: int | None = Field(None, ge=1, description="decode groups a step before merging; default: measured")
+    private: Literal["default-off", "default-on", "force"] = "default-off"
+    kv_cache_memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**30, ge=1)
+    max_concurrent: int = Field(256, ge=1, description="sequences running at once")
+    max_waiting: int = Field(1024, ge=1, description="sequences queued before new requests get 429")
+    prefill_tokens: int = Field(512, ge=1, description="prompt tokens computed a step beside decoding")
+    max_body_bytes: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**20, ge=1, description="larger bodies: 413")
+    request_timeout: float = Field(600.0, gt=0, description="seconds until a request is cut off")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

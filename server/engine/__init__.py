@@ -1,0 +1,1 @@
+"""Continuous batching for Mixture-of-Tokens models: requests in, tokens out."""
