@@ -1,0 +1,21 @@
+"""What holds for every test: one thread a process, and no CUDA test where there is no CUDA."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before anything imports torch. The models here are so small that more threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cuda_tests = [item for item in items if item.get_closest_marker("cuda")]
+    if not cuda_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in cuda_tests:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
