@@ -59,20 +59,20 @@ def _one_hot_at_maximum(values: Tensor, dim: int) -> Tensor:
     return torch.zeros_like(values).scatter_(dim, values.argmax(dim, keepdim=True), 1.0)
 
 
-def mixing_weights(scores: Tensor, temperature: float, *, over_experts: bool, discrete: bool) -> tuple[Tensor, Tensor]:
+def mixing_weights(scores: Tensor, temperature: float | Tensor, *, over_experts: bool, discrete: bool) -> tuple[Tensor, Tensor]:
     """``scores [n, G, E]`` to the weights that mix and the weights that redistribute, both ``[n, G, E]``.
 
     ``w[t, e] = softmax over t of s[t, e] / T``; redistribution uses the same or, ``over_experts``, a softmax over
     ``e``. ``discrete`` or T = 0 turn both into one-hot at their maximum.
     """
-    if discrete or temperature == 0:
+    if discrete or (not isinstance(temperature, Tensor) and temperature == 0):
         merge = _one_hot_at_maximum(scores, 1)
         return merge, _one_hot_at_maximum(scores, 2) if over_experts else merge
     merge = torch.softmax(scores / temperature, dim=1)
     return merge, torch.softmax(scores / temperature, dim=2) if over_experts else merge
 
 
-def mix_groups(bank: ExpertBank, members: Tensor, temperature: float) -> Tensor:
+def mix_groups(bank: ExpertBank, members: Tensor, temperature: float | Tensor) -> Tensor:
     """``members [n, G, D]``, n groups of G tokens after the layer norm, to ``[n, G, D]``."""
     merge, emit = mixing_weights(
         members @ bank.controller, temperature, over_experts=bank.over_experts, discrete=bank.discrete
@@ -99,7 +99,7 @@ class WholeSequences:
     (``pad=False``: a group of fewer members), or with nothing to do when G divides B.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, *, temperature: float | None = None, pad: bool = True) -> None:
+    def __init__(self, config: ModelConfig, batch: int, *, temperature: float | Tensor | None = None, pad: bool = True) -> None:
         self.group_size = config.group_size
         self.batch = batch
         self.temperature = config.temperature if temperature is None else temperature

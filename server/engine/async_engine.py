@@ -5,11 +5,22 @@ This is the engine's only face towards the server.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import queue
+import threading
+import traceback
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from model.tokenizer import Tokenizer
-from server.engine.request import Delta, EngineRequest, Privacy
+from server.engine.engine import Engine
+from server.engine.request import Delta, EngineRequest, Privacy, RequestError, StepStats
+
+__all__ = ["AsyncEngine", "EngineInfo", "EngineStats", "EngineStopped", "RequestStream", "StepStats"]
+
+_log = logging.getLogger("motserve.engine")
+_FAILURES = 3  # steps that may fail in a row before the engine gives up
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A momentary count, and totals since start."""
+    """A momentary count."""
 
     running: int
     waiting: int
@@ -40,53 +51,163 @@ class EngineStats:
     kv_blocks_used: int
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """One engine step, for metrics: aggregates only."""
-
-    seconds: float
-    prefill_tokens: int
-    decode_tokens: int
-    public_groups: int
-    public_tokens: int  # live members of those groups
-    private_tokens: int
-
-
 class EngineStopped(Exception):
     """The engine is stopping or has failed; the request was not finished."""
 
 
+class RequestStream(AsyncIterator[Delta]):
+    """The deltas of one request, until each of its sequences has its finish reason. Leaving early aborts it."""
+
+    def __init__(self, request: EngineRequest, close: Callable[[str], None]) -> None:
+        self._request_id = request.request_id
+        self._close = close
+        self._left = len(request.prompts) * request.n
+        self._queue: asyncio.Queue[Delta | EngineStopped] = asyncio.Queue()
+
+    def deliver(self, news: Delta | EngineStopped) -> None:
+        self._queue.put_nowait(news)
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._left == 0:
+            raise StopAsyncIteration
+        try:
+            news = await self._queue.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if isinstance(news, EngineStopped):
+            await self.aclose()
+            raise news
+        if news.finish_reason is not None:
+            self._left -= 1
+            if self._left == 0:
+                self._close(self._request_id)
+        return news
+
+    async def aclose(self) -> None:
+        """Idempotent."""
+        if self._left:
+            self._left = 0
+            self._close(self._request_id)
+
+
 class AsyncEngine:
-    info: EngineInfo
-    tokenizer: Tokenizer | None
+    """Runs ``engine`` in a thread of its own. All methods are for the event loop's thread."""
+
+    def __init__(self, engine: Engine, info: EngineInfo, *, max_waiting: int) -> None:
+        self.info, self.tokenizer = info, engine.tokenizer
+        self._engine = engine
+        self._most = engine.scheduler.limits.max_running + max_waiting
+        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()  # None: stop; str: abort
+        self._streams: dict[str, tuple[RequestStream, int]] = {}
+        self._listeners: list[Callable[[StepStats], None]] = []
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failed = False
 
     def start(self) -> None:
-        """Start the engine thread (call inside the running event loop)."""
-        raise NotImplementedError
+        """Start the engine thread; call inside the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="motserve-engine", daemon=True)
+        self._thread.start()
 
     async def stop(self) -> None:
-        """Finish nothing more: abort all, join the thread."""
-        raise NotImplementedError
+        """Finish nothing more: end every stream, join the thread."""
+        thread, self._thread = self._thread, None
+        self._end_streams()
+        if thread is not None:
+            self._inbox.put(None)
+            await asyncio.to_thread(thread.join)
 
     @property
     def ready(self) -> bool:
-        """The thread runs and has not failed."""
-        raise NotImplementedError
+        """The thread runs and has not given up."""
+        return self._thread is not None and self._thread.is_alive() and not self._failed
 
     @property
     def stats(self) -> EngineStats:
-        raise NotImplementedError
+        scheduler = self._engine.scheduler
+        total = sum(count for _, count in self._streams.values())
+        running = min(scheduler.running, total)
+        return EngineStats(running, total - running, scheduler.blocks.total, scheduler.blocks.used)
 
     def observe(self, listener: Callable[[StepStats], None]) -> None:
         """Call ``listener`` after every step, from the engine thread."""
-        raise NotImplementedError
+        self._listeners.append(listener)
 
-    def submit(self, request: EngineRequest) -> AsyncIterator[Delta]:
-        """Check and enqueue at once (raises RequestError: too long, out of vocabulary, queue full), then iterate over
-        the deltas of all sequences until each has its finish reason. Leaving the iterator early (aclose,
-        cancellation) aborts. Raises EngineStopped from the iterator."""
-        raise NotImplementedError
+    def submit(self, request: EngineRequest) -> RequestStream:
+        """Check and enqueue. Raises RequestError (too long, out of vocabulary, queue full) or EngineStopped."""
+        if not self.ready:
+            raise EngineStopped("the engine is not running")
+        self._engine.check(request)
+        count = len(request.prompts) * request.n
+        if sum(waiting for _, waiting in self._streams.values()) + count > self._most:
+            raise RequestError("the server's queue is full; try again later", param=None, code="queue_full", status=429)
+        stream = RequestStream(request, self.abort)
+        self._streams[request.request_id] = (stream, count)
+        self._inbox.put(request)
+        return stream
 
     def abort(self, request_id: str) -> None:
-        """Idempotent; within one step nothing of the request costs anything."""
-        raise NotImplementedError
+        """Idempotent; before the next step begins nothing of the request is left in the engine."""
+        if self._streams.pop(request_id, None) is not None:
+            self._inbox.put(request_id)
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        failures = 0
+        while self._take_inbox():
+            try:
+                news = self._engine.step()
+                failures = 0
+            except Exception as error:  # one bad step must not end the server
+                failures += 1
+                # The message might quote what a request holds: the kind of error and the place are enough.
+                place = "".join(traceback.format_tb(error.__traceback__))
+                _log.error("engine step failed: %s\n%s", type(error).__name__, place)
+                self._engine.abort_all()
+                self._failed = failures >= _FAILURES
+                self._call(self._end_streams)
+                if self._failed:
+                    return
+                continue
+            for listener in self._listeners:
+                listener(self._engine.last_step)
+            self._call(self._deliver, news)
+
+    def _take_inbox(self) -> bool:
+        """Apply what has come in, waiting for something when there is nothing to do. False: stop."""
+        while True:
+            try:
+                item = self._inbox.get(block=self._engine.idle)
+            except queue.Empty:
+                return True
+            if item is None:
+                self._engine.abort_all()
+                return False
+            if isinstance(item, str):
+                self._engine.abort(item)
+            else:
+                self._engine.add(item)
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # Back on the event loop
+
+    def _deliver(self, news: list[tuple[str, Delta]]) -> None:
+        for request_id, delta in news:
+            entry = self._streams.get(request_id)
+            if entry is not None:
+                entry[0].deliver(delta)
+
+    def _end_streams(self) -> None:
+        streams, self._streams = self._streams, {}
+        for stream, _ in streams.values():
+            stream.deliver(EngineStopped("the engine could not finish the request"))

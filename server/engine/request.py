@@ -106,6 +106,18 @@ class Delta:
     receipt: Receipt | None = None  # with the finish reason
 
 
+@dataclass(frozen=True)
+class StepStats:
+    """One engine step, for metrics: aggregates only."""
+
+    seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    public_groups: int = 0
+    public_tokens: int = 0  # live members of those groups
+    private_tokens: int = 0
+
+
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"

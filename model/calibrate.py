@@ -1,0 +1,80 @@
+"""Calibration of a trained checkpoint: record its reference crowd, pick its default private temperature and threshold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import reference
+from model.errors import TrainingError
+from model.evaluate import Evaluation, Evaluator
+from model.transformer import Transformer
+
+PRIVATE_FILE = "private.json"
+TOLERANCE = 1.005  # perplexity of the default pair over that of mixing, at most
+
+# Thresholds below which an expert's redistribution weight is skipped, and temperatures as fractions of the model's.
+_SKIP_BELOW = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08)
+_FRACTIONS = (1.0, 0.7)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    temperature: float
+    skip_below: float
+    ratio: float  # perplexity over that of mixing
+    experts_per_token: float
+
+
+def record_crowd(model: Transformer, stream: np.ndarray, folder: Path, *, seed: int) -> reference.ReferenceCrowd:
+    """Run G windows of the stream, drawn by ``seed``, as one group and store what the layers saw. Raises
+    TrainingError when the stream is too short for G different windows."""
+    size, length = model.config.group_size, model.config.n_positions
+    count = len(stream) // length
+    if count < size:
+        raise TrainingError(f"data: {len(stream)} tokens are fewer than {size} windows of {length}")
+    chosen = np.random.default_rng(seed).choice(count, size, replace=False)
+    ids = torch.from_numpy(np.stack([stream[i * length : (i + 1) * length] for i in chosen]).astype(np.int64))
+    reference.save(reference.record(model, ids), folder, torch.bfloat16)
+    crowd = reference.load(folder, model)
+    assert crowd is not None, "the crowd was just written"
+    return crowd
+
+
+def candidates(evaluator: Evaluator, mixed: Evaluation) -> Iterator[Candidate]:
+    """Every pair worth trying; for one temperature, thresholds rise until the loss is clearly too high."""
+    for fraction in _FRACTIONS:
+        temperature = round(evaluator.config.temperature * fraction, 6)
+        for skip_below in _SKIP_BELOW:
+            found = evaluator.run("private", temperature=temperature, skip_below=skip_below)
+            ratio = found.perplexity / mixed.perplexity
+            yield Candidate(temperature, skip_below, ratio, found.experts_per_token)
+            if ratio > 2 * TOLERANCE - 1:
+                break
+
+
+def choose(tried: list[Candidate]) -> Candidate:
+    """The fewest experts among those within tolerance of mixing; if none is, the one that loses least."""
+    within = [candidate for candidate in tried if candidate.ratio <= TOLERANCE]
+    if within:
+        return min(within, key=lambda candidate: (candidate.experts_per_token, candidate.ratio))
+    return min(tried, key=lambda candidate: candidate.ratio)
+
+
+def save_pair(chosen: Candidate, folder: Path) -> None:
+    """Write ``private.json``, whole or not at all."""
+    values = {
+        "private_temperature": chosen.temperature,
+        "private_skip_below": chosen.skip_below,
+        "perplexity_over_mixing": round(chosen.ratio, 5),
+        "experts_per_token": round(chosen.experts_per_token, 2),
+    }
+    partial = folder / f"{PRIVATE_FILE}.partial"
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, folder / PRIVATE_FILE)

@@ -1,0 +1,130 @@
+"""Perplexity of a checkpoint in each way that the server can run it. Knows models and text, nothing of serving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.attention import attend_whole_sequences
+from model.errors import TrainingError
+from model.groups import Fill, PrivateRows
+from model.mixing import WholeSequences
+from model.tokenizer import Tokenizer
+from model.transformer import Mix, Transformer
+
+Mode = Literal["mixed", "private", "private_unmixed", "zeros", "alone"]
+MODES: tuple[Mode, ...] = ("mixed", "private", "private_unmixed", "zeros", "alone")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``temperature`` is the one that the mode mixes with; ``experts_per_token`` the mean over layers and tokens.
+    Bytes are those of the predicted tokens' text; ``<|endoftext|>`` has none."""
+
+    mode: str
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    temperature: float
+    experts_per_token: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def windows_of(stream: np.ndarray, length: int, most: int | None = None) -> Tensor:
+    """Consecutive windows of ``length + 1`` ids, the last id of one being the first of the next: ``[n, length + 1]``;
+    ``most`` of them, evenly spread, when there are more. Raises TrainingError when there is not even one."""
+    count = (len(stream) - 1) // length
+    if count < 1:
+        raise TrainingError(f"data: {len(stream)} tokens are fewer than one window of {length + 1}")
+    chosen = np.arange(count)
+    if most is not None and most < count:
+        chosen = np.linspace(0, count - 1, most).round().astype(np.int64)
+    starts = torch.from_numpy(chosen * length)
+    ids = torch.from_numpy(stream.astype(np.int64))
+    return ids[starts[:, None] + torch.arange(length + 1)]
+
+
+class Evaluator:
+    """Scores the same windows in every mode, so that perplexities compare."""
+
+    def __init__(self, model: Transformer, windows: Tensor, fill: Fill, tokenizer: Tokenizer | None) -> None:
+        self.model, self.config, self.fill = model, model.config, fill
+        # Mixing is measured in full groups only: as many windows as fill them.
+        full = windows.shape[0] - windows.shape[0] % (self.config.group_size if self.config.is_mot else 1)
+        if not full:
+            raise TrainingError(
+                f"data: {windows.shape[0]} windows are fewer than one group ({self.config.group_size}) needs"
+            )
+        self.windows = windows[:full]
+        self._bytes: int | None = None
+        if tokenizer is not None:
+            size_of = [len(tokenizer.token_bytes(token)) for token in range(self.config.vocab_size)]
+            if self.config.eos_token_id is not None:
+                size_of[self.config.eos_token_id] = 0
+            self._bytes = int(torch.tensor(size_of)[self.windows[:, 1:]].sum())
+
+    def run(
+        self, mode: Mode, *, temperature: float, skip_below: float, progress: Callable[[float], None] | None = None
+    ) -> Evaluation:
+        """``temperature`` and ``skip_below`` matter to ``private`` only. ``progress`` gets the fraction done."""
+        if mode == "private_unmixed":
+            temperature, skip_below = 0.0, 0.0
+        elif mode != "private":
+            temperature = self.config.temperature
+        nats, used, done = 0.0, 0.0, 0
+        for batch in self.windows.split(self.config.group_size if mode == "mixed" and self.config.is_mot else 1):
+            loss, experts = self._score(batch, mode, temperature, skip_below)
+            nats, used, done = nats + loss, used + experts, done + batch.shape[0]
+            if progress is not None:
+                progress(done / self.windows.shape[0])
+        tokens = self.windows[:, 1:].numel()
+        bits = nats / math.log(2) / self._bytes if self._bytes else None
+        return Evaluation(mode, math.exp(nats / tokens), bits, tokens, temperature, used / tokens)
+
+    @torch.inference_mode()
+    def _score(self, batch: Tensor, mode: Mode, temperature: float, skip_below: float) -> tuple[float, float]:
+        """Nats of all predicted tokens of ``batch [b, length + 1]``, and experts used summed over tokens."""
+        count, length = batch.shape[0], batch.shape[1] - 1
+        positions = torch.arange(length).repeat(count)
+        mix: Mix
+        if mode in ("private", "private_unmixed"):
+            rows = torch.ones(count * length)
+            mix = PrivateRows(
+                self.config,
+                self.fill,
+                positions=positions,
+                temperatures=rows * temperature,
+                skip_below=rows * skip_below,
+                live=rows.bool(),
+            )
+        else:
+            mix = WholeSequences(self.config, count, pad=mode != "alone")
+        attend = partial(_attend, count, self.config.n_head)
+        hidden = self.model(batch[:, :-1].reshape(-1), positions, attend, mix)
+        loss = 0.0
+        for rows, targets in zip(hidden.split(1024), batch[:, 1:].reshape(-1).split(1024), strict=True):
+            loss += float(F.cross_entropy(self.model.logits(rows).float(), targets, reduction="sum"))
+        if isinstance(mix, PrivateRows):
+            return loss, float(mix.experts_used.sum()) / self.config.n_layer
+        return loss, float(count * length * self.config.n_expert)
+
+
+def _attend(batch: int, heads: int, layer: int, qkv: Tensor) -> Tensor:
+    return attend_whole_sequences(qkv, batch, heads)
+
+
+def evaluate(
+    evaluator: Evaluator, modes: tuple[Mode, ...], *, temperature: float, skip_below: float
+) -> Iterator[Evaluation]:
+    for mode in modes:
+        yield evaluator.run(mode, temperature=temperature, skip_below=skip_below)

@@ -1,0 +1,176 @@
+"""The MoT layer as the engine runs it: shared groups of live rows, and private rows beside the reference crowd.
+
+Both are ``mix`` callables for ``Transformer.forward``. They know rows, places and positions, nothing of requests.
+The plain twin of both is ``mixing.mix_groups`` on the same members.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.layers import TILE, tile_matmul
+from model.mixing import Activation, ExpertBank, mixing_entropy, mixing_weights
+from model.reference import ReferenceCrowd
+
+GroupFill = Literal["reference", "zeros", "none"]
+
+_VECTOR = 64  # elements; a multiple of every vector width, so that an elementwise kernel has no scalar remainder
+_SERIAL = 32768  # elements; below this torch runs an elementwise kernel in one piece
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What completes a group: the crowd (zeros count as one), or nothing when ``crowd`` is None."""
+
+    kind: GroupFill
+    crowd: ReferenceCrowd | None
+
+    @classmethod
+    def build(cls, kind: GroupFill, config: ModelConfig, banks: list[ExpertBank], crowd: ReferenceCrowd | None) -> Fill:
+        """``reference`` without a crowd becomes ``zeros``: the caller says so to the user."""
+        if kind == "none":
+            return cls("none", None)
+        if kind == "reference" and crowd is not None:
+            return cls("reference", crowd)
+        return cls("zeros", ReferenceCrowd.zeros(config, banks))
+
+
+class SharedGroups:
+    """``mix`` for live rows in groups of at most G, each completed by the fill of its position.
+
+    ``rows [k]`` and ``places [k]`` say which row stands where in the flattened ``[n, G]`` places (the live ones first in
+    each group); ``positions [n]`` says whose crowd completes a group. Rows in no group get zeros.
+    """
+
+    def __init__(
+        self, config: ModelConfig, fill: Fill, *, rows: Tensor, places: Tensor, positions: Tensor, largest: int
+    ) -> None:
+        # Without fill a group is only as wide as the largest one is live.
+        self._size = config.group_size if fill.kind != "none" else largest
+        self._temperature = config.temperature
+        self._fill, self._rows, self._places, self._positions = fill, rows, places, positions
+        self.entropy = torch.zeros(positions.shape[0], device=positions.device)  # [n], summed over the layers
+        self._empty: Tensor | None = None
+        if fill.kind == "none":
+            self._empty = torch.ones(positions.shape[0] * self._size, dtype=torch.bool, device=positions.device)
+            self._empty[places] = False
+
+    def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        count, width = self._positions.shape[0], x.shape[1]
+        if self._fill.crowd is None:
+            members = x.new_zeros(count, self._size, width)
+        else:
+            members = self._fill.crowd.at(layer, self._positions).clone()
+        members.view(-1, width).index_copy_(0, self._places, x[self._rows])
+        scores = members @ bank.controller  # [n, G, E]
+        if self._empty is not None:
+            scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
+        merge, emit = mixing_weights(
+            scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete
+        )
+        outputs = bank.experts(torch.bmm(merge.transpose(1, 2), members).transpose(0, 1))  # [E, n, D]
+        out = torch.bmm(torch.nan_to_num(emit) if self._empty is not None else emit, outputs.transpose(0, 1))
+        self.entropy += mixing_entropy(merge.float())
+        result = torch.zeros_like(x)
+        result.index_copy_(0, self._rows, out.view(-1, width)[self._places])
+        return result
+
+
+class PrivateRows:
+    """``mix`` for private rows: each in a group of its own with the first G-1 reference members of its position.
+
+    ``positions``, ``temperatures`` and ``skip_below`` are ``[n]``; ``live [n]`` is False for padding rows, which use no
+    expert. Above temperature 0 a row uses the experts whose redistribution weight reaches its threshold; at 0 those
+    whose score it wins against every reference member, alone. Experts run in tiles of constant shape, in order, so a
+    row's bits depend on no other row.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        fill: Fill,
+        *,
+        positions: Tensor,
+        temperatures: Tensor,
+        skip_below: Tensor,
+        live: Tensor,
+    ) -> None:
+        self._fill, self._positions, self._live = fill, positions, live
+        self._unmixed = temperatures == 0
+        self._divisor = torch.where(self._unmixed, torch.ones_like(temperatures), temperatures)
+        self._skip_below = skip_below
+        self._rivals = config.group_size - 1 if fill.crowd is not None else 0
+        self.entropy = torch.zeros(positions.shape[0], device=positions.device)  # [n], summed over the layers
+        self.experts_used = torch.zeros(positions.shape[0], dtype=torch.int64, device=positions.device)
+
+    def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        own = tile_matmul(x, bank.controller).float()  # [n, E]
+        mixes, emit = self._weights(layer, bank, x, own)
+        used = (emit >= self._skip_below[:, None]) & (emit > 0) & self._live[:, None]
+        self.experts_used += used.sum(1)
+        return _sparse_experts(bank, mixes, emit, used)
+
+    def _weights(self, layer: int, bank: ExpertBank, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """The mix that each expert would see ``[n, E, D]`` and the weight with which its answer counts ``[n, E]``."""
+        members = x[:, None]  # [n, 1, D]
+        scores = own[:, :, None]  # [n, E, 1]
+        if self._rivals:
+            assert self._fill.crowd is not None
+            others = self._fill.crowd.at(layer, self._positions)[:, 1:]  # [n, G-1, D]
+            members = torch.cat((members, others), 1)
+            scores = torch.cat((scores, self._fill.crowd.scores_at(layer, self._positions)[:, :, 1:].float()), 2)
+        if bank.discrete:
+            merge = torch.zeros_like(scores).scatter_(2, scores.argmax(2, keepdim=True), 1.0)
+        else:
+            # The last dimension holds one row's members: this softmax is computed row by row.
+            merge = torch.softmax(scores / self._divisor[:, None, None], dim=2)
+        wins = own > scores[:, :, 1:].amax(2) if self._rivals else torch.ones_like(own, dtype=torch.bool)
+        merge = torch.where(self._unmixed[:, None, None], _first_only(wins, scores.shape[2]), merge)
+        self.entropy += mixing_entropy(merge.transpose(1, 2))
+        emit = merge[:, :, 0]
+        if bank.over_experts:
+            best = torch.zeros_like(own).scatter_(1, own.argmax(1, keepdim=True), 1.0)
+            spread = best if bank.discrete else torch.softmax(own / self._divisor[:, None], dim=1)
+            emit = torch.where(self._unmixed[:, None], best * wins, spread)
+        mixes = torch.bmm(merge.to(x.dtype), members)
+        return torch.where(self._unmixed[:, None, None], x[:, None], mixes), emit
+
+
+def _first_only(wins: Tensor, size: int) -> Tensor:
+    """``wins [n, E]`` to weights ``[n, E, size]``: all on the first member, or none at all."""
+    weights = wins.new_zeros(*wins.shape, size, dtype=torch.float32)
+    weights[:, :, 0] = wins
+    return weights
+
+
+def _sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) -> Tensor:
+    """Sum over the used experts of ``emit[t, e] * expert_e(mixes[t, e])``: ``[n, D]``, experts in ascending order."""
+    out = torch.zeros(mixes.shape[0], mixes.shape[2], dtype=torch.float32, device=mixes.device)
+    experts, rows = used.t().nonzero(as_tuple=True)
+    order = experts.tolist()
+    begin = 0
+    while begin < len(order):
+        expert, end = order[begin], begin
+        while end < len(order) and order[end] == expert and end - begin < TILE:
+            end += 1
+        chosen = rows[begin:end]
+        tile = mixes.new_zeros(TILE, mixes.shape[2])
+        tile[: end - begin] = mixes[chosen, expert]
+        hidden = activate_rows(bank.activation, tile_matmul(tile, bank.lin1[expert]))
+        answer = tile_matmul(hidden, bank.lin2[expert])[: end - begin].float()
+        out[chosen] += emit[chosen, expert, None] * answer
+        begin = end
+    return out.to(mixes.dtype)
+
+
+def activate_rows(activation: Activation, hidden: Tensor) -> Tensor:
+    """``activation`` so that a row's bits do not depend on its place: vector kernels treat the last few elements of
+    their input, and those at a border between threads, by other code, whose last bit may differ."""
+    if hidden.numel() % _VECTOR == 0 and hidden.numel() < _SERIAL:
+        return activation(hidden)
+    return torch.stack([activation(row) for row in hidden.unbind(0)])

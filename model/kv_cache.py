@@ -1,0 +1,109 @@
+"""Keys and values in fixed-size blocks, and causal attention over them.
+
+Knows slots and block tables, not who owns them: which block belongs to whom is the engine's block manager's business.
+Block 0 belongs to nobody: it pads block tables and takes the writes of padding rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config import ModelConfig
+
+PADDING_BLOCK = 0
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    return 2 * config.n_layer * block_size * config.n_embd * dtype.itemsize
+
+
+class PagedKVCache:
+    """``[layers, 2 (keys, values), blocks, block_size, heads, head_size]``, zeros at first."""
+
+    def __init__(
+        self, config: ModelConfig, *, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self._data = torch.zeros(
+            config.n_layer, 2, blocks, block_size, config.n_head, config.head_size, dtype=dtype, device=device
+        )
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store ``keys`` and ``values [n, heads, head_size]`` at ``slots [n]`` (block * block_size + offset)."""
+        data = self._data[layer].flatten(1, 2)
+        data[0].index_copy_(0, slots, keys)
+        data[1].index_copy_(0, slots, values)
+
+    def read(self, layer: int, tables: Tensor, context: int) -> tuple[Tensor, Tensor]:
+        """The first ``context`` keys and values of block ``tables [m, b]``: each ``[m, context, heads, head_size]``."""
+        found = self._data[layer][:, tables.flatten()]  # [2, m * b, block_size, H, hd]
+        both = found.view(2, tables.shape[0], -1, *found.shape[3:])[:, :, :context]
+        return both[0], both[1]
+
+    def zero(self, blocks: list[int]) -> None:
+        """Forget what ``blocks`` hold."""
+        if blocks:
+            self._data[:, :, torch.tensor(blocks, device=self._data.device)] = 0
+
+    def holds_only_zeros(self, block: int) -> bool:
+        return not bool(self._data[:, :, block].any())
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of m sequences that attend alike: each has ``c`` queries over the first ``context`` places of its table.
+
+    ``rows [m * c]`` are row numbers of the batch, sequence-major; ``tables [m, b]``; ``mask`` is broadcastable to
+    ``[m, heads, c, context]``, True where a query may look, or None when every query sees every key.
+    """
+
+    rows: Tensor
+    tables: Tensor
+    context: int
+    mask: Tensor | None
+
+
+def prefill_segment(rows: Tensor, tables: Tensor, *, start: int, length: int) -> Segment:
+    """m sequences that each add ``length`` tokens from position ``start`` on."""
+    context = start + length
+    device = rows.device
+    queries = torch.arange(start, context, device=device)
+    mask = None if length == 1 else queries[:, None] >= torch.arange(context, device=device)[None, :]
+    return Segment(rows, tables, context, mask)
+
+
+def decode_segment(rows: Tensor, tables: Tensor, lengths: Tensor) -> Segment:
+    """One new token in each of m sequences, which are then ``lengths [m]`` long."""
+    context = int(lengths.max())
+    mask = torch.arange(context, device=rows.device)[None, :] < lengths[:, None]
+    return Segment(rows, tables, context, mask[:, None, None, :])
+
+
+class PagedAttention:
+    """``attend`` over a batch of rows: write their keys and values, then let each segment look at its own.
+
+    A segment's result depends on the segment alone, so a private sequence that is a segment by itself is attended
+    with shapes that are its own.
+    """
+
+    def __init__(self, cache: PagedKVCache, config: ModelConfig, slots: Tensor, segments: list[Segment]) -> None:
+        self._cache, self._heads, self._size = cache, config.n_head, config.head_size
+        self._slots, self._segments = slots, segments
+
+    def __call__(self, layer: int, qkv: Tensor) -> Tensor:
+        rows = qkv.shape[0]
+        queries, keys, values = qkv.view(rows, 3, self._heads, self._size).unbind(1)
+        self._cache.write(layer, self._slots, keys, values)
+        out = torch.zeros_like(queries)
+        for segment in self._segments:
+            k, v = self._cache.read(layer, segment.tables, segment.context)
+            q = queries[segment.rows].view(segment.tables.shape[0], -1, self._heads, self._size)
+            seen = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=segment.mask
+            )
+            out.index_copy_(0, segment.rows, seen.transpose(1, 2).reshape(-1, self._heads, self._size))
+        return out.view(rows, -1)

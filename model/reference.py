@@ -1,0 +1,103 @@
+"""The reference crowd: constant activations that fill a group, recorded once and stored with the checkpoint.
+
+G calibration sequences, run together as one group at every position, leave what the MoT layers saw of them: that is
+what a lone token finds beside it instead of strangers. Members are read, never written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.attention import attend_whole_sequences
+from model.config import ModelConfig
+from model.errors import CheckpointError
+from model.mixing import ExpertBank, WholeSequences
+from model.transformer import Transformer
+
+FILE = "reference.safetensors"
+TENSOR = "activations"
+
+
+class ReferenceCrowd:
+    """``activations [layers, positions, G, D]``, and their ``scores [layers, positions, E, G]`` against each expert.
+
+    Members are kept in reverse: member j stands at place G-1-j, so that a group whose first k places are live has the
+    first G-k members in the rest, whatever k is.
+    """
+
+    def __init__(self, activations: Tensor, banks: list[ExpertBank], *, fingerprint: str | None) -> None:
+        self.places = activations.flip(2).contiguous()
+        self.scores = torch.stack(
+            [(layer @ bank.controller).transpose(1, 2) for layer, bank in zip(self.places, banks, strict=True)]
+        ).contiguous()
+        self.fingerprint = fingerprint
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, banks: list[ExpertBank]) -> ReferenceCrowd:
+        """Zero vectors in the crowd's place: what the public ``mot`` model pads with. One position serves all."""
+        like = banks[0].controller
+        shape = (config.n_layer, 1, config.group_size, config.n_embd)
+        return cls(torch.zeros(shape, dtype=like.dtype, device=like.device), banks, fingerprint=None)
+
+    def at(self, layer: int, positions: Tensor) -> Tensor:
+        """``positions [n]`` to the crowd there ``[n, G, D]``."""
+        if self.places.shape[1] == 1:
+            return self.places[layer].expand(positions.shape[0], -1, -1)
+        return self.places[layer][positions]
+
+    def scores_at(self, layer: int, positions: Tensor) -> Tensor:
+        """``positions [n]`` to the crowd's scores there ``[n, E, G]``."""
+        if self.scores.shape[1] == 1:
+            return self.scores[layer].expand(positions.shape[0], -1, -1)
+        return self.scores[layer][positions]
+
+
+@torch.inference_mode()
+def record(model: Transformer, ids: Tensor) -> Tensor:
+    """Run ``ids [G, positions]`` as one group and return what every MoT layer saw: ``[layers, positions, G, D]``.
+
+    Raises ValueError when there are not exactly G sequences or not as many tokens as the model has positions.
+    """
+    config = model.config
+    if ids.shape != (config.group_size, config.n_positions):
+        raise ValueError(f"the crowd needs {config.group_size} sequences of {config.n_positions} tokens")
+    size, length = ids.shape
+    seen: list[Tensor] = []
+    mixed = WholeSequences(config, size)
+
+    def mix(layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        seen.append(x.view(size, length, -1).transpose(0, 1).clone())
+        return mixed(layer, bank, x)
+
+    positions = torch.arange(length, device=ids.device).repeat(size)
+    model(ids.flatten(), positions, lambda _, qkv: attend_whole_sequences(qkv, size, config.n_head), mix)
+    return torch.stack(seen)
+
+
+def save(activations: Tensor, folder: Path, dtype: torch.dtype) -> None:
+    save_file({TENSOR: activations.to(dtype).contiguous()}, folder / FILE, metadata={"format": "pt"})
+
+
+def load(folder: Path, model: Transformer) -> ReferenceCrowd | None:
+    """The folder's crowd on the model's device and in its type, or None where there is none. Raises CheckpointError
+    when the file is broken or of another shape."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    config = model.config
+    expected = (config.n_layer, config.n_positions, config.group_size, config.n_embd)
+    try:
+        with safe_open(path, framework="pt") as file:
+            activations = file.get_tensor(TENSOR)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if tuple(activations.shape) != expected:
+        raise CheckpointError(f"{path}: {TENSOR} has shape {tuple(activations.shape)}, expected {expected}")
+    return ReferenceCrowd(activations.to(model.device, model.dtype), model.banks, fingerprint=digest)

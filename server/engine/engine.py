@@ -1,0 +1,123 @@
+"""Continuous batching, one step at a time. Single-threaded; ``AsyncEngine`` gives it a thread and coroutines."""
+
+from __future__ import annotations
+
+import time
+
+from model.tokenizer import Tokenizer
+from server.engine.block_manager import BlockManager
+from server.engine.grouping import GroupingPolicy
+from server.engine.model_runner import ModelRunner
+from server.engine.plan import Group, Plan
+from server.engine.request import Delta, EngineRequest, RequestError, Sequence, StepStats
+from server.engine.results import Results
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Scheduler, SchedulerLimits
+
+
+class Engine:
+    """Requests in by ``add``, news out of ``step``, both in token ids (text comes along where there is a tokenizer)."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        grouping: GroupingPolicy,
+        limits: SchedulerLimits,
+        tokenizer: Tokenizer | None,
+        *,
+        blocks: int,
+    ) -> None:
+        self.runner, self.grouping, self.tokenizer = runner, grouping, tokenizer
+        self.config = runner.config
+        self.scheduler = Scheduler(BlockManager(blocks, runner.cache.block_size), limits)
+        self.sampler = Sampler(self.config.eos_token_id)
+        self.results = Results(
+            self.scheduler,
+            self.sampler,
+            tokenizer,
+            temperature=self.config.temperature,
+            group_fill=runner.fill.kind if self.config.is_mot else "none",
+        )
+        self._sequences: dict[str, list[Sequence]] = {}
+        self.last_step = StepStats()
+
+    def check(self, request: EngineRequest) -> None:
+        """Raises RequestError naming the field when the request cannot be served. Safe to call from any thread."""
+        params, config = request.sampling, self.config
+        for prompt in request.prompts:
+            if not prompt:
+                raise RequestError("prompt must not be empty", param="prompt")
+            if len(prompt) + params.max_tokens > config.n_positions:
+                raise RequestError(
+                    f"the model has {config.n_positions} positions, but the prompt has {len(prompt)} tokens and "
+                    f"max_tokens is {params.max_tokens}",
+                    param="prompt" if len(prompt) >= config.n_positions else "max_tokens",
+                    code="context_length_exceeded",
+                )
+            if not all(0 <= token < config.vocab_size for token in prompt):
+                raise RequestError(f"prompt has a token id outside 0 to {config.vocab_size - 1}", param="prompt")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if not all(0 <= token < config.vocab_size for token in ids):
+                raise RequestError(f"{name} has a token id outside 0 to {config.vocab_size - 1}", param=name)
+        if params.min_tokens and len(self.sampler.ends(params)) >= config.vocab_size:
+            raise RequestError("min_tokens leaves no token: stop_token_ids names them all", param="stop_token_ids")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop needs a tokenizer, which this checkpoint lacks; use stop_token_ids", param="stop")
+        if request.privacy is not None and not 0 <= request.privacy.temperature <= config.temperature:
+            raise RequestError(
+                f"private_temperature must lie between 0 and {config.temperature}", param="private_temperature"
+            )
+        self.scheduler.check(request)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that ``check`` has passed."""
+        self._sequences[request.request_id] = self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request, whatever its state. Idempotent."""
+        for sequence in self._sequences.pop(request_id, []):
+            self.scheduler.finish(sequence)
+            self.results.forget(sequence)
+
+    def abort_all(self) -> list[str]:
+        """Forget everything; returns the ids of the requests that were under way."""
+        ids = list(self._sequences)
+        for request_id in ids:
+            self.abort(request_id)
+        return ids
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    def step(self) -> list[tuple[str, Delta]]:
+        """Compute one step; returns request ids with the news of their sequences."""
+        began = time.perf_counter()
+        plan = self.scheduler.schedule()
+        groups = self.grouping.plan(plan) if self.config.is_mot else ()
+        logits = self.runner.forward(plan, groups)
+        tokens = self.sampler.sample(logits.sampling, plan.sampling)
+        news = [(s.request.request_id, delta) for s, delta in self.results.update(plan, logits, tokens)]
+        self._forget_finished(news)
+        self.last_step = _stats(plan, groups, time.perf_counter() - began)
+        return news
+
+    def _forget_finished(self, news: list[tuple[str, Delta]]) -> None:
+        for request_id, delta in news:
+            if delta.finish_reason is not None:
+                left = [s for s in self._sequences[request_id] if s.index != delta.index]
+                if left:
+                    self._sequences[request_id] = left
+                else:
+                    del self._sequences[request_id]
+
+
+def _stats(plan: Plan, groups: tuple[Group, ...], seconds: float) -> StepStats:
+    return StepStats(
+        seconds=seconds,
+        prefill_tokens=sum(chunk.length for chunk in plan.chunks if not chunk.decodes),
+        decode_tokens=sum(chunk.decodes for chunk in plan.chunks),
+        public_groups=len(groups),
+        public_tokens=sum(chunk.length for chunk in plan.public),
+        private_tokens=sum(chunk.length for chunk in plan.private),
+    )

@@ -1,0 +1,60 @@
+"""What one engine step does, in integers: the contract between scheduler, grouping, runner and sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.engine.request import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``length`` tokens of one sequence from position ``start`` on, whose keys and values this step computes."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def decodes(self) -> bool:
+        """The chunk is one generated token, not part of a prompt."""
+        return self.start >= len(self.sequence.prompt)
+
+    @property
+    def samples(self) -> bool:
+        """The chunk ends where the sequence does, so that a next token follows from it."""
+        return self.end == len(self.sequence.token_ids) and self.sequence.sampling.max_tokens > 0
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Log probabilities of prompt tokens follow from the chunk."""
+        return self.sequence.sampling.prompt_logprobs is not None and self.start < len(self.sequence.prompt)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``public`` chunks in order of admission; their tokens, concatenated, are the rows that groups speak of."""
+
+    public: tuple[Chunk, ...] = ()
+    private: tuple[Chunk, ...] = ()
+    zero_blocks: tuple[int, ...] = ()  # freed by private sequences; to be zeroed before the step
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self.public + self.private
+
+    @property
+    def sampling(self) -> tuple[Chunk, ...]:
+        return tuple(chunk for chunk in self.chunks if chunk.samples)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Public rows that mix, at most G of them, completed with the reference crowd of ``position``."""
+
+    rows: tuple[int, ...]
+    position: int

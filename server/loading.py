@@ -1,0 +1,148 @@
+"""From settings to a running engine: checkpoint, crowd, tokenizer, devices and memory.
+
+The one place where settings, model and engine meet.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import reference
+from model.checkpoint import load_model
+from model.config import ModelConfig
+from model.errors import CheckpointError
+from model.groups import Fill
+from model.kv_cache import bytes_per_block
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+from server.config import Settings
+from server.engine.async_engine import AsyncEngine, EngineInfo
+from server.engine.engine import Engine
+from server.engine.grouping import GroupingPolicy
+from server.engine.model_runner import ModelRunner, measure_balance
+from server.engine.request import Privacy
+from server.engine.scheduler import SchedulerLimits
+
+DEMO = Path(__file__).parent / "demo"  # the bundled demonstration checkpoint
+BLOCK_SIZE = 16  # tokens of one KV block
+PRIVATE_FILE = "private.json"
+
+_log = logging.getLogger("motserve")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine and what the server must know to talk about it."""
+
+    engine: AsyncEngine
+    name: str
+    folder: Path
+
+
+def resolve_device(name: str) -> torch.device:
+    """Raises ValueError naming ``device`` when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda is not available on this machine")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the machine computes in it, float32 elsewhere (CPUs without AMX or AVX512-BF16 are
+    many times slower in bfloat16)."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_privacy(folder: Path, config: ModelConfig) -> Privacy:
+    """The checkpoint's default pair from ``private.json``; without one, its temperature and every expert. Raises
+    CheckpointError."""
+    path = folder / PRIVATE_FILE
+    if not path.exists():
+        return Privacy(config.temperature, 0.0)
+    try:
+        values = json.loads(path.read_text())
+        privacy = Privacy(float(values["private_temperature"]), float(values["private_skip_below"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error!r}") from None
+    if not 0 <= privacy.temperature <= config.temperature:
+        raise CheckpointError(f"{path}: private_temperature must lie between 0 and {config.temperature}")
+    if not 0 <= privacy.skip_below < 1:
+        raise CheckpointError(f"{path}: private_skip_below must lie between 0 and 1")
+    return privacy
+
+
+def build_fill(settings: Settings, folder: Path, model: Transformer) -> Fill:
+    """The fill that the settings ask for, with a warning where the checkpoint has no crowd."""
+    if not model.config.is_mot:
+        return Fill("none", None)
+    crowd = reference.load(folder, model) if settings.group_fill == "reference" else None
+    if settings.group_fill == "reference" and crowd is None:
+        _log.warning(
+            "%s has no %s: groups are filled with zeros, which costs quality; record a crowd with `motserve calibrate`",
+            folder,
+            reference.FILE,
+        )
+    return Fill.build(settings.group_fill, model.config, model.banks, crowd)
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+    """Raises CheckpointError when the tokenizer has ids that the model lacks."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.json'}: {tokenizer.vocab_size} tokens, but the model's vocab_size is "
+            f"{config.vocab_size}"
+        )
+    return tokenizer
+
+
+def load(settings: Settings) -> Loaded:
+    """Raises CheckpointError or ValueError, before any port opens."""
+    folder = settings.model or DEMO
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    model = load_model(folder, device=device, dtype=dtype)
+    config = model.config
+    blocks = settings.kv_cache_memory // bytes_per_block(config, BLOCK_SIZE, dtype)
+    if blocks < 2:
+        raise ValueError(f"kv_cache_memory: {settings.kv_cache_memory} bytes are less than two blocks of KV cache")
+    # More than every running sequence at full length could use would only cost memory.
+    blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
+    fill = build_fill(settings, folder, model)
+    tokenizer = load_tokenizer(folder, config)
+    runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE)
+    max_groups = settings.max_groups or (measure_balance(model.banks[0]) if config.is_mot else 1)
+    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)
+    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens)
+    engine = Engine(runner, policy, limits, tokenizer, blocks=blocks)
+    info = EngineInfo(
+        model_type=config.model_type,
+        vocab_size=config.vocab_size,
+        max_positions=config.n_positions,
+        group_size=config.group_size if config.is_mot else 1,
+        temperature=config.temperature,
+        default_privacy=load_privacy(folder, config),
+        group_fill=fill.kind,
+        reference_fingerprint=fill.crowd.fingerprint if fill.crowd is not None else None,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        parameters=model.parameter_count,
+        end_of_text=config.eos_token_id,
+    )
+    _log.info("%s: %s, %s, %d decode groups before merging", folder.name, info.dtype, info.device, max_groups)
+    name = settings.served_model_name or (folder.resolve().name if settings.model else "motserve-demo")
+    return Loaded(AsyncEngine(engine, info, max_waiting=settings.max_waiting), name, folder)
