@@ -24,6 +24,14 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and constants of one decoder. Defaults are Hugging Face's for ``GPT2Config`` and ``MoTConfig``,
@@ -51,21 +59,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "group_size", "n_expert"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a positive whole number, not {value!r}")
         if self.model_type not in ("mot", "gpt2"):
             raise ValueError(f"model_type must be 'mot' or 'gpt2', not {self.model_type!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if not isinstance(self.temperature, (int, float)) or not 0 <= self.temperature < float("inf"):
+        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be a number of at least 0, not {self.temperature!r}")
+        if not _is_number(self.layer_norm_epsilon) or not 0 < self.layer_norm_epsilon < float("inf"):
+            raise ValueError(f"layer_norm_epsilon must be a number above 0, not {self.layer_norm_epsilon!r}")
+        for name in ("emit_softmax_over_experts", "use_discrete_routing", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
-                f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}"
-            )
+            raise ValueError(f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}")
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and 0 <= value < self.vocab_size):
+            if value is not None and not (_is_whole(value) and 0 <= value < self.vocab_size):
                 raise ValueError(f"{name} must be a token id below vocab_size ({self.vocab_size}), not {value!r}")
 
     @property
@@ -107,7 +118,7 @@ class ModelConfig:
         """Raises CheckpointError when ``config.json`` is missing, is not JSON or holds a bad value."""
         path = folder / "config.json"
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{path}: not found") from None
         except (OSError, ValueError) as error:

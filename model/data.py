@@ -17,8 +17,8 @@ from model.tokenizer import END_OF_TEXT, Tokenizer
 def read_text(path: Path) -> str:
     """A UTF-8 text file, plain or ``.xz``. Raises TrainingError naming the file."""
     try:
-        raw = lzma.open(path).read() if path.suffix == ".xz" else path.read_bytes()
-        return raw.decode()
+        raw = path.read_bytes()
+        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode()
     except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path}: {error}") from None
 
@@ -42,7 +42,8 @@ def encode_corpus(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 class WindowSampler:
-    """Batches of windows of ``length + 1`` ids, every window once an epoch in an order that the seed fixes.
+    """Batches of windows of ``length + 1`` ids, every window at most once an epoch in an order that the seed
+    fixes (what does not fill a last batch is left out).
 
     ``batch(step)`` is a pure function of the step, so that a resumed run sees what an unbroken one would have.
     """

@@ -36,7 +36,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterator[str], vocab_size: int) -> Tokenizer:
-        """Byte-level BPE, so that every text has tokens and every token bytes; ``<|endoftext|>`` is the last id."""
+        """Byte-level BPE, so that every text has tokens and every token bytes; ``<|endoftext|>`` is id 0."""
         inner = _Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()
@@ -99,34 +99,49 @@ class IncrementalDecoder:
     """Turns a stream of ids into a stream of text, never emitting part of a UTF-8 character.
 
     A window of recent ids is decoded again at each step, since a tokenizer may write a token differently after
-    another; text is withheld while it ends in the replacement character, and ``flush`` gives up on it.
+    another. Replacement characters at the end of the window may be part of a character still to come and are withheld;
+    so is everything while the window no longer begins with what was emitted of it (a decoder that falls back to bytes
+    gives up a whole run of them until its last character is complete). ``flush`` gives up on what is withheld.
     """
 
-    _LONGEST_WAIT = 8  # ids; a character has at most four bytes, each at least one id
+    _WINDOW = 24  # ids; a longer window is cut, so that a step costs the same however long the text is
+    _CONTEXT = 12  # ids that stay then
+    _UNFINISHED = 3  # bytes of a character, and so replacement characters, that can be there before its last byte
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._prefix = 0  # ids before this are settled context
-        self._read = 0  # ids before this have been emitted
+        self._emitted = ""  # of the window's text
+
+    def _certain(self, text: str) -> str:
+        """The part of the window's text that no further id can change."""
+        return text[: max(len(text.rstrip(_REPLACEMENT)), len(text) - self._UNFINISHED)]
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this id; may be empty."""
         self._ids.append(token_id)
-        before = self._tokenizer.decode(self._ids[self._prefix : self._read])
-        now = self._tokenizer.decode(self._ids[self._prefix :])
-        waiting = len(self._ids) - self._read
-        if (now.endswith(_REPLACEMENT) and waiting < self._LONGEST_WAIT) or len(now) <= len(before):
-            return ""
-        self._prefix, self._read = self._read, len(self._ids)
-        del self._ids[: self._prefix]
-        self._read -= self._prefix
-        self._prefix = 0
-        return now[len(before) :]
+        text = self._tokenizer.decode(self._ids)
+        certain, new = self._certain(text), ""
+        # Between characters is the better place to cut, but not every stream of tokens comes to one.
+        cut = len(self._ids) >= (self._WINDOW if certain == text else 2 * self._WINDOW)
+        if cut or certain.startswith(self._emitted):
+            new, self._emitted = certain[len(self._emitted) :], certain
+        if cut:
+            self._shorten()
+        return new
+
+    def _shorten(self) -> None:
+        """Leaves the last ids, from one that begins a character where there is one."""
+        start = len(self._ids) - self._CONTEXT
+        for extra in range(self._UNFINISHED + 1):
+            ids = self._ids[start + extra :]
+            text = self._tokenizer.decode(ids)
+            if not text.startswith(_REPLACEMENT):
+                break
+        self._ids, self._emitted = ids, self._certain(text)
 
     def flush(self) -> str:
         """What is left at the end, with a replacement character for bytes that never became a character."""
-        before = self._tokenizer.decode(self._ids[self._prefix : self._read])
-        now = self._tokenizer.decode(self._ids[self._prefix :])
-        self._prefix = self._read = len(self._ids)
-        return now[len(before) :]
+        left = self._tokenizer.decode(self._ids)[len(self._emitted) :]
+        self._ids, self._emitted = [], ""
+        return left
