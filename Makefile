@@ -44,7 +44,7 @@ check: setup  ## all that CI checks, but for the slow tests
 
 gpu-check: setup  ## the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
-		echo "make gpu-check needs a CUDA device and a torch built for CUDA: neither will do alone. Nothing was tested." >&2; \
+		echo "make gpu-check needs a CUDA device and a torch built for CUDA; there is not both here. Nothing was tested." >&2; \
 		exit 1; }
 	$(BIN)/pytest -q -m cuda
 
