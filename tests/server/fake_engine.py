@@ -68,7 +68,7 @@ class FakeEngine(AsyncEngine):
     def observe(self, listener: Callable[[StepStats], None]) -> None:
         self._listeners.append(listener)
 
-    def submit(self, request: EngineRequest) -> AsyncIterator[Delta]:
+    def submit(self, request: EngineRequest) -> AsyncIterator[Delta]:  # type: ignore[override]  # no inbox here
         if self.refuse is not None:
             raise self.refuse
         longest = max(map(len, request.prompts))
@@ -77,12 +77,12 @@ class FakeEngine(AsyncEngine):
         if any(not 0 <= token < self.info.vocab_size for prompt in request.prompts for token in prompt):
             raise RequestError("`prompt`: not in the vocabulary.", param="prompt")
         self.requests.append(request)
-        return self._run(request)
+        return self._play(request)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
-    async def _run(self, request: EngineRequest) -> AsyncIterator[Delta]:
+    async def _play(self, request: EngineRequest) -> AsyncIterator[Delta]:
         count = len(request.prompts) * request.n
         decoders = [IncrementalDecoder(self.tokenizer) if self.tokenizer else None for _ in range(count)]
         for place in range(max(1, request.sampling.max_tokens)):

@@ -140,6 +140,7 @@ def test_bad_logit_bias(bias: object) -> None:
 def test_stop() -> None:
     assert completion(stop="x").stop == ["x"]
     assert completion(stop=["x"] * 16).stop == ["x"] * 16
+    bad: object
     for bad in ("", [""], ["x"] * 17, [1], 1, {}):
         assert refusal(stop=bad).param == "stop"
 
