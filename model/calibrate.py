@@ -1,4 +1,4 @@
-"""Calibration of a trained checkpoint: record its reference crowd, pick its default private temperature and threshold."""
+"""Calibration of a trained checkpoint: its reference crowd, its default private temperature and threshold."""
 
 from __future__ import annotations
 

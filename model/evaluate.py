@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import attend_whole_sequences
-from model.errors import TrainingError
+from model.checkpoint import load_model
+from model.data import encode_corpus, read_text
+from model.errors import CheckpointError, TrainingError
 from model.groups import Fill, PrivateRows
 from model.mixing import WholeSequences
+from model.reference import ReferenceCrowd
 from model.tokenizer import Tokenizer
 from model.transformer import Mix, Transformer
 
@@ -82,7 +86,8 @@ class Evaluator:
         elif mode != "private":
             temperature = self.config.temperature
         nats, used, done = 0.0, 0.0, 0
-        for batch in self.windows.split(self.config.group_size if mode == "mixed" and self.config.is_mot else 1):
+        size = self.config.group_size if mode == "mixed" and self.config.is_mot else 1
+        for batch in torch.split(self.windows, size):
             loss, experts = self._score(batch, mode, temperature, skip_below)
             nats, used, done = nats + loss, used + experts, done + batch.shape[0]
             if progress is not None:
@@ -112,7 +117,7 @@ class Evaluator:
         attend = partial(_attend, count, self.config.n_head)
         hidden = self.model(batch[:, :-1].reshape(-1), positions, attend, mix)
         loss = 0.0
-        for rows, targets in zip(hidden.split(1024), batch[:, 1:].reshape(-1).split(1024), strict=True):
+        for rows, targets in zip(torch.split(hidden, 1024), torch.split(batch[:, 1:].reshape(-1), 1024), strict=True):
             loss += float(F.cross_entropy(self.model.logits(rows).float(), targets, reduction="sum"))
         if isinstance(mix, PrivateRows):
             return loss, float(mix.experts_used.sum()) / self.config.n_layer
@@ -123,8 +128,31 @@ def _attend(batch: int, heads: int, layer: int, qkv: Tensor) -> Tensor:
     return attend_whole_sequences(qkv, batch, heads)
 
 
-def evaluate(
-    evaluator: Evaluator, modes: tuple[Mode, ...], *, temperature: float, skip_below: float
-) -> Iterator[Evaluation]:
-    for mode in modes:
-        yield evaluator.run(mode, temperature=temperature, skip_below=skip_below)
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint in float32 and windows of text to score it on."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    windows: Tensor  # [n, n_positions + 1]
+
+    def encode(self, data: Path) -> np.ndarray:
+        return encode_corpus(self.tokenizer, read_text(data))
+
+    def evaluator(self, crowd: ReferenceCrowd | None) -> Evaluator:
+        config = self.model.config
+        fill = Fill.build("reference", config, self.model.banks, crowd) if config.is_mot else Fill("none", None)
+        return Evaluator(self.model, self.windows, fill, self.tokenizer)
+
+
+def open_for_scoring(folder: Path, data: Path, *, windows: int | None) -> Opened:
+    """``windows``: about how many (rounded up to full groups), spread over the text; None: all of it. Raises
+    CheckpointError (also when there is no tokenizer) or TrainingError."""
+    model = load_model(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer is None:
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: not found; text cannot be scored without it")
+    if windows is not None and model.config.is_mot:
+        windows = -(-windows // model.config.group_size) * model.config.group_size
+    stream = encode_corpus(tokenizer, read_text(data))
+    return Opened(model, tokenizer, windows_of(stream, model.config.n_positions, windows))

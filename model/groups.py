@@ -41,7 +41,7 @@ class Fill:
 
 
 class SharedGroups:
-    """``mix`` for live rows in groups of at most G, each completed by the fill of its position.
+    """``mix`` for live rows in groups of at most G, each completed by its position's fill.
 
     ``rows [k]`` and ``places [k]`` say which row stands where in the flattened ``[n, G]`` places (the live ones first in
     each group); ``positions [n]`` says whose crowd completes a group. Rows in no group get zeros.
@@ -70,9 +70,7 @@ class SharedGroups:
         scores = members @ bank.controller  # [n, G, E]
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
-        merge, emit = mixing_weights(
-            scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete
-        )
+        merge, emit = mixing_weights(scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete)
         outputs = bank.experts(torch.bmm(merge.transpose(1, 2), members).transpose(0, 1))  # [E, n, D]
         out = torch.bmm(torch.nan_to_num(emit) if self._empty is not None else emit, outputs.transpose(0, 1))
         self.entropy += mixing_entropy(merge.float())

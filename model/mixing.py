@@ -6,6 +6,7 @@ Knows groups of activations and nothing of requests, positions or KV. ``ExpertBa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -59,7 +60,9 @@ def _one_hot_at_maximum(values: Tensor, dim: int) -> Tensor:
     return torch.zeros_like(values).scatter_(dim, values.argmax(dim, keepdim=True), 1.0)
 
 
-def mixing_weights(scores: Tensor, temperature: float | Tensor, *, over_experts: bool, discrete: bool) -> tuple[Tensor, Tensor]:
+def mixing_weights(
+    scores: Tensor, temperature: float | Tensor, *, over_experts: bool, discrete: bool
+) -> tuple[Tensor, Tensor]:
     """``scores [n, G, E]`` to the weights that mix and the weights that redistribute, both ``[n, G, E]``.
 
     ``w[t, e] = softmax over t of s[t, e] / T``; redistribution uses the same or, ``over_experts``, a softmax over
@@ -88,8 +91,8 @@ def mixing_entropy(merge: Tensor) -> Tensor:
     size = merge.shape[1]
     if size == 1:
         return merge.new_zeros(merge.shape[0])
-    entropy = torch.special.entr(merge).sum(1).mean(1)
-    return entropy / torch.tensor(float(size)).log()
+    entropy: Tensor = torch.special.entr(merge).sum(1).mean(1)
+    return entropy / math.log(size)
 
 
 class WholeSequences:
@@ -99,7 +102,9 @@ class WholeSequences:
     (``pad=False``: a group of fewer members), or with nothing to do when G divides B.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, *, temperature: float | Tensor | None = None, pad: bool = True) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, *, temperature: float | Tensor | None = None, pad: bool = True
+    ) -> None:
         self.group_size = config.group_size
         self.batch = batch
         self.temperature = config.temperature if temperature is None else temperature

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention import attend_whole_sequences
 from model.checkpoint import save_model
@@ -96,7 +96,9 @@ class TrainSettings:
         done = (step / self.steps - self.anneal_from) / max(1e-9, 1 - self.anneal_from)
         if done <= 0 or self.anneal_from >= 1:
             return start
-        return float(start * (self.final_temperature / start) ** min(1.0, done * 1.1))  # the last tenth stays at the end
+        return float(
+            start * (self.final_temperature / start) ** min(1.0, done * 1.1)
+        )  # the last tenth stays at the end
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,46 @@ class Progress:
     temperature: float
     tokens_per_second: float
 
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
-def prepare_corpus(folder: Path, files: list[Path], *, vocab_size: int, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Any]:
-    """The run's tokenizer (given, already in the folder, or trained on the files) and the encoded stream."""
+
+def preset_named(name: str, changes: dict[str, Any]) -> tuple[ModelConfig, TrainSettings]:
+    """A model and how to train it, with some settings changed. ``demo`` is the bundled checkpoint's recipe: 16 times
+    the feed-forward parameters of the dense model with the same FLOPs; ``tiny`` is done in seconds. Raises
+    TrainingError for another name."""
+    if name == "demo":
+        config = ModelConfig(
+            vocab_size=4096,
+            n_positions=256,
+            n_embd=256,
+            n_layer=4,
+            n_head=8,
+            group_size=16,
+            n_expert=64,
+            expert_size=72,
+        )
+        settings = TrainSettings(
+            steps=1900, optimizer="muon", learning_rate=3e-3, matrix_rate=1.5, warmup=60, final_rate_fraction=0.03,
+            save_every=100, compile=True,
+        )  # fmt: skip
+    elif name == "tiny":
+        config = ModelConfig(
+            vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=4, group_size=4, n_expert=8, expert_size=32
+        )
+        settings = TrainSettings(steps=50, batch=8, length=64, warmup=10, save_every=25)
+    else:
+        raise TrainingError(f"preset must be demo or tiny, not {name!r}")
+    settings = dataclasses.replace(settings, **changes)
+    return config, dataclasses.replace(settings, warmup=min(settings.warmup, settings.steps))
+
+
+def prepare_corpus(folder: Path, files: list[Path], *, vocab_size: int) -> tuple[Tokenizer, Any]:
+    """The run's tokenizer (already in the folder, or trained on the files) and the encoded stream."""
     if not files:
         raise TrainingError("data: at least one text file is needed")
     text = f"\n{END_OF_TEXT}\n".join(read_text(file) for file in files)
-    tokenizer = tokenizer or Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(folder)
     if tokenizer is None:
         tokenizer = Tokenizer.train(documents(text), vocab_size)
     if tokenizer.vocab_size > vocab_size:
@@ -137,12 +172,23 @@ class Trainer:
         self.optimizers = self._optimizers()
         self.positions = torch.arange(settings.length).repeat(settings.batch)
         self.step = 0
-        self._loss: Callable[[Tensor, Tensor], Tensor] = torch.compile(self._plain_loss) if settings.compile else self._plain_loss
+        self._loss: Callable[[Tensor, Tensor], Tensor] = (
+            torch.compile(self._plain_loss) if settings.compile else self._plain_loss
+        )
+
+    @classmethod
+    def prepare(cls, config: ModelConfig, settings: TrainSettings, files: list[Path], folder: Path) -> Trainer:
+        """A trainer on text files, with the folder's tokenizer or a new one. Raises TrainingError."""
+        settings.check(config)
+        tokenizer, stream = prepare_corpus(folder, files, vocab_size=config.vocab_size)
+        end = tokenizer.id_of(END_OF_TEXT)
+        return cls(config.replace(bos_token_id=end, eos_token_id=end), settings, stream, folder)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Weight decay on matrices only: not on norms, biases, embeddings or controllers (whose scale is the
         temperature's business)."""
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             is_matrix = parameter.dim() >= 2 and not name.startswith(("wte", "wpe", "lm_head"))
             (matrices if is_matrix and not name.endswith("controller") else rest).append(parameter)
@@ -223,11 +269,14 @@ class Trainer:
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
-        for name, mine in (("config", dataclasses.asdict(self.config)), ("settings", dataclasses.asdict(self.settings))):
+        for name, mine in (
+            ("config", dataclasses.asdict(self.config)),
+            ("settings", dataclasses.asdict(self.settings)),
+        ):
             changed = [key for key, value in mine.items() if state[name].get(key) != value]
             if changed:
                 raise TrainingError(
-                    f"{path}: belongs to a run with another {', '.join(changed)}; choose another folder or the same settings"
+                    f"{path}: belongs to a run with another {', '.join(changed)}; choose another folder"
                 )
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,3 +63,16 @@ class Settings(BaseSettings):
     max_body_bytes: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**20, ge=1, description="larger bodies: 413")
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is cut off")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+def read_settings(flags: Mapping[str, object], file: Path | None) -> Settings:
+    """Flags win over environment variables, which win over the TOML file. Raises ValueError (pydantic's names the
+    field)."""
+    values: dict[str, object] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"config: {file}: {error}") from None
+    kept = {name: value for name, value in values.items() if f"MOTSERVE_{name.upper()}" not in os.environ}
+    return Settings(**{**kept, **flags})  # type: ignore[arg-type]

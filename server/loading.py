@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from model import reference
+from model.calibrate import PRIVATE_FILE
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.errors import CheckpointError
@@ -30,7 +31,7 @@ from server.engine.scheduler import SchedulerLimits
 
 DEMO = Path(__file__).parent / "demo"  # the bundled demonstration checkpoint
 BLOCK_SIZE = 16  # tokens of one KV block
-PRIVATE_FILE = "private.json"
+
 
 _log = logging.getLogger("motserve")
 

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from model.tokenizer import Tokenizer
 from server.engine.engine import Engine
 from server.engine.request import Delta, EngineRequest, Privacy, RequestError, StepStats
 
@@ -107,6 +106,12 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failed = False
+
+    @property
+    def direct(self) -> Engine:
+        """The engine itself, for a caller without an event loop; not beside ``start``."""
+        assert self._thread is None, "the engine's thread owns the engine"
+        return self._engine
 
     def start(self) -> None:
         """Start the engine thread; call inside the running event loop."""

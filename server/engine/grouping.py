@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from server.engine.plan import Group, Plan
 
@@ -31,7 +31,8 @@ class GroupingPolicy:
 
     def plan(self, plan: Plan) -> tuple[Group, ...]:
         """The groups of a step; rows number the tokens of ``plan.public``. Deterministic."""
-        prompt, decoding = [], []
+        prompt: list[_Row] = []
+        decoding: list[_Row] = []
         row = 0
         for chunk in plan.public:
             rows = decoding if chunk.decodes else prompt
@@ -39,8 +40,8 @@ class GroupingPolicy:
             rows.extend(_Row(tenant, chunk.start + i, row + i) for i in range(chunk.length))
             row += chunk.length
         groups = list(self._exact(prompt))
-        for _, rows in groupby(sorted(decoding, key=_order), key=lambda row: row.tenant):
-            groups.extend(self._merge(list(self._exact(rows))))
+        for _, same in groupby(sorted(decoding, key=_order), key=lambda row: row.tenant):
+            groups.extend(self._merge(list(self._exact(same))))
         return tuple(groups)
 
     def _exact(self, rows: Iterable[_Row]) -> Iterable[Group]:
@@ -56,7 +57,7 @@ class GroupingPolicy:
         while len(spans) > self.max_groups:
             joinable = [
                 (right.positions[-1] - left.positions[0], place)
-                for place, (left, right) in enumerate(zip(spans, spans[1:], strict=False))
+                for place, (left, right) in enumerate(pairwise(spans))
                 if self._fit(left, right)
             ]
             if not joinable:

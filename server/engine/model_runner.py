@@ -18,7 +18,7 @@ from model.groups import Fill, PrivateRows, SharedGroups
 from model.kv_cache import PADDING_BLOCK, PagedAttention, PagedKVCache, Segment, decode_segment, prefill_segment
 from model.layers import TILE
 from model.mixing import ExpertBank
-from model.transformer import Mix, Transformer
+from model.transformer import Transformer
 from server.engine.plan import Chunk, Group, Plan
 
 
@@ -61,9 +61,7 @@ class ModelRunner:
     def _public(self, chunks: tuple[Chunk, ...], groups: tuple[Group, ...]) -> dict[Chunk, Tensor]:
         starts = _starts(chunks)
         shared = self._shared_groups(groups) if self.config.is_mot else None
-        attention = PagedAttention(
-            self.cache, self.config, self._slots(chunks), self._segments(chunks, starts)
-        )
+        attention = PagedAttention(self.cache, self.config, self._slots(chunks), self._segments(chunks, starts))
         hidden = self.model(self._ids(chunks), self._positions(chunks), attention, shared or _no_mixing)
         if shared is not None:
             self._tally_shared(chunks, starts, groups, shared.entropy / self.config.n_layer)
@@ -72,7 +70,7 @@ class ModelRunner:
             return {}
         rows = [starts[chunk] + chunk.length - count + i for chunk, count in wanted for i in range(count)]
         logits = self.model.logits(hidden[self._tensor(rows)]).float()
-        parts = logits.split([count for _, count in wanted])
+        parts = torch.split(logits, [count for _, count in wanted])
         return {chunk: part for (chunk, _), part in zip(wanted, parts, strict=True)}
 
     def _shared_groups(self, groups: tuple[Group, ...]) -> SharedGroups:
@@ -180,7 +178,7 @@ class ModelRunner:
     def _tiled_logits(self, hidden: Tensor) -> Tensor:
         """``[n, D]`` to float32 ``[n, vocabulary]`` in tiles, so that a row's logits do not depend on n."""
         tiles = []
-        for tile in hidden.split(TILE):
+        for tile in torch.split(hidden, TILE):
             padded = torch.cat((tile, tile.new_zeros(TILE - tile.shape[0], tile.shape[1])))
             tiles.append(self.model.logits(padded)[: tile.shape[0]])
         return torch.cat(tiles).float()
