@@ -1,0 +1,70 @@
+"""Small engines with a reference crowd, driven step by step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.groups import Fill
+from model.reference import ReferenceCrowd
+from model.transformer import Transformer
+from server.engine.engine import Engine
+from server.engine.grouping import GroupingPolicy
+from server.engine.model_runner import ModelRunner
+from server.engine.request import Delta, EngineRequest
+from server.engine.scheduler import SchedulerLimits
+
+BuildEngine = Callable[..., Engine]
+
+
+def build(config: ModelConfig, dtype: torch.dtype = torch.float32, *, prefill_tokens: int = 128) -> Engine:
+    """Weights large enough that mixing, experts and attention all matter."""
+    model = Transformer(config)
+    model.initialize(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
+    model = model.to(dtype).eval().requires_grad_(False)
+    if not config.is_mot:
+        return _engine(model, Fill("none", None), prefill_tokens)
+    generator = torch.Generator().manual_seed(1)
+    shape = (config.n_layer, config.n_positions, config.group_size, config.n_embd)
+    crowd = ReferenceCrowd(torch.randn(shape, generator=generator).to(dtype), model.banks, fingerprint="test")
+    fill = Fill.build("reference", config, model.banks, crowd)
+    return _engine(model, fill, prefill_tokens)
+
+
+def _engine(model: Transformer, fill: Fill, prefill_tokens: int) -> Engine:
+    runner = ModelRunner(model, fill, blocks=1500, block_size=16)
+    limits = SchedulerLimits(max_running=64, prefill_tokens=prefill_tokens)
+    return Engine(runner, GroupingPolicy(model.config.group_size), limits, None, blocks=1500)
+
+
+def drive(engine: Engine, requests: list[EngineRequest], rng: random.Random | None = None) -> dict[str, list[Delta]]:
+    """Everything that each request was told; with ``rng`` requests arrive a few at a time while others run."""
+    news: dict[str, list[Delta]] = {request.request_id: [] for request in requests}
+    waiting = list(requests)
+    while waiting or not engine.idle:
+        for _ in range(min(len(waiting), rng.randint(0, 6) if rng else len(waiting))):
+            request = waiting.pop(0)
+            engine.check(request)
+            engine.add(request)
+        for request_id, delta in engine.step():
+            news[request_id].append(delta)
+        engine.scheduler.check_integrity()
+    return news
+
+
+@pytest.fixture
+def build_engine() -> BuildEngine:
+    return build
+
+
+@pytest.fixture
+def drive_engine() -> Callable[..., dict[str, list[Delta]]]:
+    return drive
