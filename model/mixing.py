@@ -98,13 +98,15 @@ def mixing_entropy(merge: Tensor) -> Tensor:
 class WholeSequences:
     """``mix`` for B whole sequences of equal length: groups are consecutive sequences of the batch at one position.
 
-    The last group is filled up to G with zero vectors, as the public Hugging Face ``mot`` model does, with nothing
-    (``pad=False``: a group of fewer members), or with nothing to do when G divides B.
+    The last group is filled up to G with zero vectors, as the public Hugging Face ``mot`` model does. ``pad=False``
+    does not fill: a batch below G is one smaller group, and ValueError says that a larger one must be a multiple of G.
     """
 
     def __init__(
         self, config: ModelConfig, batch: int, *, temperature: float | Tensor | None = None, pad: bool = True
     ) -> None:
+        if not pad and batch > config.group_size and batch % config.group_size:
+            raise ValueError(f"without padding, {batch} sequences are no groups of {config.group_size}")
         self.group_size = config.group_size
         self.batch = batch
         self.temperature = config.temperature if temperature is None else temperature

@@ -62,7 +62,7 @@ def gpt2(config: ModelConfig, weights: dict[str, Tensor], ids: list[int]) -> Ten
     stream = [weights["wte.weight"][token] + weights["wpe.weight"][place] for place, token in enumerate(ids)]
     for layer in range(config.n_layer):
         block = f"h.{layer}"
-        parts = [affine(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").split(config.n_embd) for x in stream]
+        parts = [affine(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").chunk(3) for x in stream]
         for place in range(len(ids)):
             heads = []
             for h in range(config.n_head):
