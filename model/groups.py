@@ -43,8 +43,8 @@ class Fill:
 class SharedGroups:
     """``mix`` for live rows in groups of at most G, each completed by its position's fill.
 
-    ``rows [k]`` and ``places [k]`` say which row stands where in the flattened ``[n, G]`` places (the live ones first in
-    each group); ``positions [n]`` says whose crowd completes a group. Rows in no group get zeros.
+    ``rows [k]`` and ``places [k]`` say which row stands where in the flattened ``[n, G]`` places (the live ones
+    first in each group); ``positions [n]`` says whose crowd completes a group. Rows in no group get zeros.
     """
 
     def __init__(

@@ -192,7 +192,7 @@ def calibrate(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder, which gets the crowd and the pair.")],
     data: Annotated[Path, typer.Option(help="Text that anyone may see: the crowd comes from it.")],
     validation: Annotated[Path, typer.Option(help="Held-out text on which the default pair is chosen.")],
-    windows: Annotated[int, typer.Option(min=1, help="Windows of validation text to judge on.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of validation text to judge on.")] = 96,
     seed: int = 0,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,0 +1,117 @@
+"""The whole server on the bundled checkpoint: golden logits through HTTP, many streams at once, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import uvicorn
+from openai import AsyncOpenAI
+from safetensors.torch import load_file
+
+from server.app import create_app
+from server.config import Settings
+from server.loading import load
+
+GOLDEN = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir() if path.is_dir())
+
+
+@contextmanager
+def _served(settings: Settings) -> Iterator[str]:
+    loaded = load(settings)
+    app = create_app(loaded.engine, settings, loaded.name)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with _served(Settings()) as url:
+        yield url
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
+def test_golden_logits_through_http(folder: Path) -> None:
+    expected = load_file(folder / "expected.safetensors")
+    with _served(Settings(model=folder, group_fill="zeros", dtype="float32")) as url:
+        for case in ("full_groups", "padded_group", "single"):
+            ids = expected[f"{case}.input_ids"].tolist()
+            wanted = torch.log_softmax(expected[f"{case}.logits"], -1)
+            body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 20}
+            answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status().json()
+            assert len(answer["choices"]) == len(ids)
+            for choice in answer["choices"]:
+                row, found = choice["index"], choice["logprobs"]
+                assert found["token_logprobs"][0] is None
+                for position, tops in enumerate(found["top_logprobs"][1:]):
+                    for name, value in tops.items():
+                        token = int(name.removeprefix("token_id:"))
+                        assert abs(value - wanted[row, position, token].item()) < 1e-4
+
+
+async def _streams(url: str, count: int) -> list[tuple[str, str | None]]:
+    client = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", timeout=300, max_retries=0)
+
+    async def one(number: int) -> tuple[str, str | None]:
+        stream = await client.completions.create(
+            model="motserve-demo", prompt=f"Chapter {number}. It was", max_tokens=12, seed=number, stream=True,
+            extra_body={"private": number % 4 == 0, "ignore_eos": True},
+        )  # fmt: skip
+        text, reason = "", None
+        async for event in stream:
+            text += event.choices[0].text
+            reason = event.choices[0].finish_reason or reason
+        return text, reason
+
+    try:
+        return await asyncio.gather(*(one(number) for number in range(count)))
+    finally:
+        await client.close()
+
+
+@pytest.mark.parametrize("count", [pytest.param(64), pytest.param(200, marks=pytest.mark.slow)])
+def test_many_streams_are_whole_and_private_ones_equal_the_plain_answer(address: str, count: int) -> None:
+    answers = asyncio.run(_streams(address, count))
+    assert [reason for _, reason in answers] == ["length"] * count
+    for number in (0, 4, count - 4):
+        body = {"prompt": f"Chapter {number}. It was", "max_tokens": 12, "seed": number, "private": True}
+        plain = httpx.post(f"{address}/v1/completions", json={**body, "ignore_eos": True}, timeout=60).json()
+        assert plain["choices"][0]["text"] == answers[number][0]
+
+
+def test_eight_prompts_of_one_request_share_groups(address: str) -> None:
+    prompts = [[number + 300] * 12 for number in range(8)]
+    body = {"prompt": prompts, "max_tokens": 4, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+    first = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+    assert first["mot"]["live_members"] > 1.5
+    others = [prompts[0], *[[number + 900] * 12 for number in range(7)]]
+    second = httpx.post(f"{address}/v1/completions", json={**body, "prompt": others}, timeout=60).json()
+    assert first["choices"][0]["logprobs"]["token_logprobs"] != second["choices"][0]["logprobs"]["token_logprobs"]
+
+
+def test_a_client_that_goes_away_frees_its_blocks(address: str) -> None:
+    body = {"prompt": "Once", "max_tokens": 200, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+    for _ in range(100):
+        metrics = httpx.get(f"{address}/metrics").text
+        if "motserve_kv_blocks_used 0.0" in metrics:
+            return
+        time.sleep(0.05)
+    pytest.fail("blocks are still held")
