@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,7 @@ def save_model(model: Transformer, folder: Path, *, dtype: torch.dtype, shard_by
         for file, names in zip(files, shards, strict=True):
             tensors = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
             save_file(tensors, aside / file, metadata={"format": "pt"})
+            shutil.copymode(aside / "config.json", aside / file)  # safetensors may write for the owner only
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize},

@@ -84,6 +84,10 @@ def test_a_save_replaces_the_other_form_and_nothing_else(tmp_path: Path) -> None
     assert len(counts) == 1, "shards of an earlier save are gone"
 
 
+def test_whoever_may_read_one_file_may_read_all(sharded: Path) -> None:
+    assert len({path.stat().st_mode for path in sharded.iterdir()}) == 1
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_model(folder)
 
