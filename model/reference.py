@@ -7,6 +7,7 @@ what a lone token finds beside it instead of strangers. Members are read, never 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import torch
@@ -82,6 +83,7 @@ def record(model: Transformer, ids: Tensor) -> Tensor:
 
 def save(activations: Tensor, folder: Path, dtype: torch.dtype) -> None:
     save_file({TENSOR: activations.to(dtype).contiguous()}, folder / FILE, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / FILE)  # safetensors writes for the owner alone
 
 
 def load(folder: Path, model: Transformer) -> ReferenceCrowd | None:
