@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from model.errors import CheckpointError
 
+FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
 _REPLACEMENT = "\ufffd"
 
@@ -26,7 +27,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
         """The folder's ``tokenizer.json``, or None where there is none. Raises CheckpointError on a broken one."""
-        path = folder / "tokenizer.json"
+        path = folder / FILE
         if not path.exists():
             return None
         try:
@@ -52,7 +53,7 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, folder: Path) -> None:
-        self._inner.save(str(folder / "tokenizer.json"))
+        self._inner.save(str(folder / FILE))
 
     @property
     def vocab_size(self) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,14 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attend_whole_sequences
-from model.checkpoint import save_model
+from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
 from model.data import WindowSampler, documents, encode_corpus, read_text
 from model.errors import TrainingError
+from model.joint import JointSequences, joint_loss
 from model.mixing import WholeSequences
 from model.optimizer import Muon
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from model.transformer import Transformer
+from model.tokenizer import FILE as TOKENIZER_FILE
+from model.transformer import Mix, Transformer
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class TrainSettings:
     clip: float = 1.0
     final_temperature: float = 0.1
     anneal_from: float = 0.6
+    joint_copies: int = 0  # sequences of a step that also decode unmixed, see model/joint.py
+    joint_weight: float = 0.35  # of the copies' loss
+    joint_distill: float = 0.5  # share of the mixed mode's prediction in the copies' target
     seed: int = 0
     save_every: int = 200
     autocast: bool = False
@@ -78,6 +84,12 @@ class TrainSettings:
             raise TrainingError(f"warmup ({self.warmup}) must lie between 0 and steps ({self.steps})")
         if not 0 <= self.anneal_from <= 1:
             raise TrainingError(f"anneal_from ({self.anneal_from}) must lie between 0 and 1")
+        if not 0 <= self.joint_copies <= self.batch:
+            raise TrainingError(f"joint_copies ({self.joint_copies}) must lie between 0 and batch ({self.batch})")
+        if self.joint_copies and (not config.is_mot or config.emit_softmax_over_experts or config.use_discrete_routing):
+            raise TrainingError("joint_copies: only for a mot model with one softmax over tokens")
+        if not (0 <= self.joint_weight < float("inf") and 0 <= self.joint_distill <= 1):
+            raise TrainingError("joint_weight must not be negative and joint_distill must lie between 0 and 1")
         if config.is_mot and not 0 < self.final_temperature <= config.temperature:
             raise TrainingError(
                 f"final_temperature ({self.final_temperature}) must lie above 0 and not above the starting "
@@ -170,19 +182,38 @@ class Trainer:
         self.model = Transformer(config)
         self.model.initialize(settings.seed)
         self.optimizers = self._optimizers()
-        self.positions = torch.arange(settings.length).repeat(settings.batch)
+        self.positions = torch.arange(settings.length).repeat(settings.batch + settings.joint_copies)
         self.step = 0
         self._loss: Callable[[Tensor, Tensor], Tensor] = (
             torch.compile(self._plain_loss) if settings.compile else self._plain_loss
         )
 
     @classmethod
-    def prepare(cls, config: ModelConfig, settings: TrainSettings, files: list[Path], folder: Path) -> Trainer:
-        """A trainer on text files, with the folder's tokenizer or a new one. Raises TrainingError."""
+    def prepare(
+        cls,
+        config: ModelConfig,
+        settings: TrainSettings,
+        files: list[Path],
+        folder: Path,
+        *,
+        start: Path | None = None,
+    ) -> Trainer:
+        """A trainer on text files, with the folder's tokenizer or a new one; ``start``: from this checkpoint's weights,
+        configuration and tokenizer instead. Raises TrainingError or CheckpointError."""
+        begun: Transformer | None = None
+        if start is not None:
+            begun = load_model(start, dtype=torch.float32)
+            config = begun.config
+            if not (start / TOKENIZER_FILE).exists():
+                raise TrainingError(f"{start / TOKENIZER_FILE}: not found; training goes on with the same tokenizer")
+            shutil.copyfile(start / TOKENIZER_FILE, folder / TOKENIZER_FILE)
         settings.check(config)
         tokenizer, stream = prepare_corpus(folder, files, vocab_size=config.vocab_size)
         end = tokenizer.id_of(END_OF_TEXT)
-        return cls(config.replace(bos_token_id=end, eos_token_id=end), settings, stream, folder)
+        trainer = cls(config.replace(bos_token_id=end, eos_token_id=end), settings, stream, folder)
+        if begun is not None:
+            trainer.model.load_state_dict(begun.state_dict())
+        return trainer
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """Weight decay on matrices only: not on norms, biases, embeddings or controllers (whose scale is the
@@ -203,14 +234,26 @@ class Trainer:
 
     def _plain_loss(self, ids: Tensor, temperature: Tensor) -> Tensor:
         """``ids [batch, length + 1]`` to the mean cross-entropy in nats per token."""
-        batch = ids.shape[0]
+        batch, copies = ids.shape[0], self.settings.joint_copies
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        mix: Mix = WholeSequences(self.config, batch, temperature=temperature)
+        if copies:
+            inputs = torch.cat((inputs, inputs[:copies]))
+            mix = JointSequences(self.config, batch, copies, temperature=temperature)
+        rows = batch + copies
         hidden = self.model(
-            ids[:, :-1].reshape(-1),
+            inputs.reshape(-1),
             self.positions,
-            lambda layer, qkv: attend_whole_sequences(qkv, batch, self.config.n_head),
-            WholeSequences(self.config, batch, temperature=temperature),
+            lambda layer, qkv: attend_whole_sequences(qkv, rows, self.config.n_head),
+            mix,
         )
-        return F.cross_entropy(self.model.logits(hidden).float(), ids[:, 1:].reshape(-1))
+        logits = self.model.logits(hidden)
+        if copies:
+            return joint_loss(
+                logits.view(rows, self.settings.length, -1), targets, copies,
+                weight=self.settings.joint_weight, distill=self.settings.joint_distill,
+            )  # fmt: skip
+        return F.cross_entropy(logits.float(), targets.reshape(-1))
 
     def train_step(self) -> Progress:
         """One optimizer step."""

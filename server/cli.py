@@ -160,6 +160,15 @@ def train(
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     final_temperature: Annotated[float | None, typer.Option(help="Annealed to in the last part.")] = None,
+    joint_copies: Annotated[
+        int | None, typer.Option(help="Sequences of a step that are also trained to decode unmixed (T = 0).")
+    ] = None,
+    joint_weight: Annotated[float | None, typer.Option(help="Weight of their loss.")] = None,
+    joint_distill: Annotated[
+        float | None, typer.Option(help="Share of the mixed mode's prediction in their target.")
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of rising learning rate.")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Begin with this checkpoint, not a preset's model.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between states.")] = None,
     autocast: Annotated[bool | None, typer.Option(help="bfloat16 autocast, for machines that compute in it.")] = None,
@@ -170,14 +179,14 @@ def train(
     changes = {
         name: value
         for name, value in locals().items()
-        if name not in ("out", "data", "preset", "as_json") and value is not None
+        if name not in ("out", "data", "preset", "start_from", "as_json") and value is not None
     }
     from model.train import Trainer, preset_named
 
     with _told(), _progress("training") as (bar, task):
         config, settings = preset_named(preset, changes)
         out.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer.prepare(config, settings, data, out)
+        trainer = Trainer.prepare(config, settings, data, out, start=start_from)
         if trainer.resume():
             print(f"resumed at step {trainer.step}", file=sys.stderr)
         for step in trainer.run():
