@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 		echo "Name another one: make setup PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m model.native
 	@touch $@
 
 serve: setup  ## serve the bundled checkpoint on port 8000

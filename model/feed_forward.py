@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.layers import Projection
+from model.layers import TORCH, Arithmetic, Projection
 from model.mixing import ACTIVATION_FUNCTIONS
 
 
@@ -22,6 +22,6 @@ class DenseFeedForward(nn.Module):
         self.c_fc.initialize(std)
         self.c_proj.initialize(residual_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.c_proj(self.activation(self.c_fc(x)))
-        return hidden
+    def forward(self, x: Tensor, arithmetic: Arithmetic = TORCH) -> Tensor:
+        hidden = arithmetic.activate(arithmetic.affine(x, self.c_fc), self.activation)
+        return arithmetic.affine(hidden, self.c_proj)

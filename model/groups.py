@@ -15,6 +15,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.layers import TILE, tile_matmul
 from model.mixing import Activation, ExpertBank, mixing_entropy, mixing_weights
+from model.native import Kernels
 from model.reference import ReferenceCrowd
 
 GroupFill = Literal["reference", "zeros", "none"]
@@ -44,16 +45,26 @@ class SharedGroups:
     """``mix`` for live rows in groups of at most G, each completed by its position's fill.
 
     ``rows [k]`` and ``places [k]`` say which row stands where in the flattened ``[n, G]`` places (the live ones
-    first in each group); ``positions [n]`` says whose crowd completes a group. Rows in no group get zeros.
+    first in each group); ``positions [n]`` says whose crowd completes a group. Rows in no group get zeros. With
+    ``kernels``, few groups go through the experts at the speed of memory.
     """
 
     def __init__(
-        self, config: ModelConfig, fill: Fill, *, rows: Tensor, places: Tensor, positions: Tensor, largest: int
+        self,
+        config: ModelConfig,
+        fill: Fill,
+        *,
+        rows: Tensor,
+        places: Tensor,
+        positions: Tensor,
+        largest: int,
+        kernels: Kernels | None = None,
     ) -> None:
         # Without fill a group is only as wide as the largest one is live.
         self._size = config.group_size if fill.kind != "none" else largest
         self._temperature = config.temperature
         self._fill, self._rows, self._places, self._positions = fill, rows, places, positions
+        self._kernels = kernels
         self.entropy = torch.zeros(positions.shape[0], device=positions.device)  # [n], summed over the layers
         self._empty: Tensor | None = None
         if fill.kind == "none":
@@ -61,22 +72,48 @@ class SharedGroups:
             self._empty[places] = False
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
-        count, width = self._positions.shape[0], x.shape[1]
-        if self._fill.crowd is None:
-            members = x.new_zeros(count, self._size, width)
-        else:
-            members = self._fill.crowd.at(layer, self._positions).clone()
-        members.view(-1, width).index_copy_(0, self._places, x[self._rows])
-        scores = members @ bank.controller  # [n, G, E]
+        live = x[self._rows]
+        members, scores = self._gather(layer, bank, live)
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
         merge, emit = mixing_weights(scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete)
-        outputs = bank.experts(torch.bmm(merge.transpose(1, 2), members).transpose(0, 1))  # [E, n, D]
-        out = torch.bmm(torch.nan_to_num(emit) if self._empty is not None else emit, outputs.transpose(0, 1))
+        mixes = torch.bmm(merge.transpose(1, 2), members).transpose(0, 1)  # [E, n, D]
+        native = self._kernels is not None and self._kernels.prefers(mixes.shape[1], bank.lin1.dtype)
+        if native:
+            assert self._kernels is not None
+            outputs = self._kernels.bank(mixes, bank.lin1, bank.lin2, bank.activation)
+        else:
+            outputs = bank.experts(mixes.to(bank.lin1.dtype))
+        out = torch.bmm(
+            torch.nan_to_num(emit) if self._empty is not None else emit, outputs.transpose(0, 1).to(emit.dtype)
+        )
         self.entropy += mixing_entropy(merge.float())
         result = torch.zeros_like(x)
-        result.index_copy_(0, self._rows, out.view(-1, width)[self._places])
+        result.index_copy_(0, self._rows, out.view(-1, x.shape[1])[self._places].to(x.dtype))
         return result
+
+    def _gather(self, layer: int, bank: ExpertBank, live: Tensor) -> tuple[Tensor, Tensor]:
+        """Members ``[n, G, D]`` and scores ``[n, G, E]``; the crowd's scores are known beforehand. With kernels in
+        float32, which such machines compute fastest in."""
+        count, width = self._positions.shape[0], live.shape[1]
+        if self._kernels is not None:
+            own = self._kernels.linear(live, bank.controller, None, by_output=False)
+        else:
+            own = live @ bank.controller
+        if self._fill.crowd is None:
+            members = own.new_zeros(count, self._size, width)
+            scores = own.new_zeros(count, self._size, own.shape[1])
+        else:
+            members = _copied(self._fill.crowd.at(layer, self._positions), own.dtype)
+            scores = _copied(self._fill.crowd.scores_at(layer, self._positions).transpose(1, 2), own.dtype)
+        members.view(-1, width).index_copy_(0, self._places, live.to(own.dtype))
+        scores.view(-1, own.shape[1]).index_copy_(0, self._places, own)
+        return members, scores
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy, whatever the shape: the crowd itself is never written."""
+    return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 class PrivateRows:
@@ -84,8 +121,8 @@ class PrivateRows:
 
     ``positions``, ``temperatures`` and ``skip_below`` are ``[n]``; ``live [n]`` is False for padding rows, which use no
     expert. Above temperature 0 a row uses the experts whose redistribution weight reaches its threshold; at 0 those
-    whose score it wins against every reference member, alone. Experts run in tiles of constant shape, in order, so a
-    row's bits depend on no other row.
+    whose score it wins against every reference member, alone. Experts run in order, in the kernels row by row or, the
+    plain form, in tiles of constant shape: a row's bits depend on no other row.
     """
 
     def __init__(
@@ -97,7 +134,9 @@ class PrivateRows:
         temperatures: Tensor,
         skip_below: Tensor,
         live: Tensor,
+        kernels: Kernels | None = None,
     ) -> None:
+        self._kernels, self._temperatures = kernels, temperatures
         self._fill, self._positions, self._live = fill, positions, live
         self._unmixed = temperatures == 0
         self._divisor = torch.where(self._unmixed, torch.ones_like(temperatures), temperatures)
@@ -107,11 +146,24 @@ class PrivateRows:
         self.experts_used = torch.zeros(positions.shape[0], dtype=torch.int64, device=positions.device)
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        if self._kernels is not None:
+            return self._native(self._kernels, layer, bank, x)
         own = tile_matmul(x, bank.controller).float()  # [n, E]
         mixes, emit = self._weights(layer, bank, x, own)
         used = (emit >= self._skip_below[:, None]) & (emit > 0) & self._live[:, None]
         self.experts_used += used.sum(1)
         return _sparse_experts(bank, mixes, emit, used)
+
+    def _native(self, kernels: Kernels, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        crowd = self._fill.crowd
+        out = kernels.private_layer(
+            x, bank.controller, bank.lin1, bank.lin2,
+            None if crowd is None else (crowd.places[layer], crowd.scores[layer]),
+            positions=self._positions, temperatures=self._temperatures, skip_below=self._skip_below, live=self._live,
+            entropy=self.entropy, used=self.experts_used,
+            activation=bank.activation, over_experts=bank.over_experts, discrete=bank.discrete,
+        )  # fmt: skip
+        return out.to(x.dtype)
 
     def _weights(self, layer: int, bank: ExpertBank, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """The mix that each expert would see ``[n, E, D]`` and the weight with which its answer counts ``[n, E]``."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.native import Kernels
 
 PADDING_BLOCK = 0
 
@@ -43,6 +44,10 @@ class PagedKVCache:
         found = self._data[layer][:, tables.flatten()]  # [2, m * b, block_size, H, hd]
         both = found.view(2, tables.shape[0], -1, *found.shape[3:])[:, :, :context]
         return both[0], both[1]
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values: each ``[blocks, block_size, heads, head_size]``."""
+        return self._data[layer, 0], self._data[layer, 1]
 
     def zero(self, blocks: list[int]) -> None:
         """Forget what ``blocks`` hold."""
@@ -83,16 +88,34 @@ def decode_segment(rows: Tensor, tables: Tensor, lengths: Tensor) -> Segment:
     return Segment(rows, tables, context, mask[:, None, None, :])
 
 
+@dataclass(frozen=True)
+class SingleRows:
+    """Rows that the kernels attend one by one: ``rows [k]`` look at the first ``lengths [k]`` places of their
+    ``tables [k, b]``."""
+
+    kernels: Kernels
+    rows: Tensor
+    tables: Tensor
+    lengths: Tensor
+
+
 class PagedAttention:
     """``attend`` over a batch of rows: write their keys and values, then let each segment look at its own.
 
     A segment's result depends on the segment alone, so a private sequence that is a segment by itself is attended
-    with shapes that are its own.
+    with shapes that are its own; a single row's depends on that row alone.
     """
 
-    def __init__(self, cache: PagedKVCache, config: ModelConfig, slots: Tensor, segments: list[Segment]) -> None:
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        config: ModelConfig,
+        slots: Tensor,
+        segments: list[Segment],
+        single: SingleRows | None = None,
+    ) -> None:
         self._cache, self._heads, self._size = cache, config.n_head, config.head_size
-        self._slots, self._segments = slots, segments
+        self._slots, self._segments, self._single = slots, segments, single
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         rows = qkv.shape[0]
@@ -106,4 +129,9 @@ class PagedAttention:
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=segment.mask
             )
             out.index_copy_(0, segment.rows, seen.transpose(1, 2).reshape(-1, self._heads, self._size))
+        if self._single is not None:
+            single = self._single
+            k, v = self._cache.layer(layer)
+            seen = single.kernels.attend(queries[single.rows], k, v, single.tables, single.lengths)
+            out.index_copy_(0, single.rows, seen.to(out.dtype))
         return out.view(rows, -1)

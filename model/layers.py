@@ -1,8 +1,12 @@
-"""The affine map in GPT-2's layout and its row-independent form."""
+"""The affine map in GPT-2's layout, its row-independent form, and how a pass through the decoder multiplies."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Rows of private requests run in tiles of this many rows: inside a tile of constant shape a row's bits depend
@@ -24,6 +28,35 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addmm(self.bias, x, self.weight)
+
+
+class Arithmetic(Protocol):
+    """The products of one pass, apart from attention and mixing. Results have the type of ``x``."""
+
+    def affine(self, x: Tensor, projection: Projection) -> Tensor:
+        """``x [n, in]`` to ``[n, out]``."""
+
+    def activate(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor: ...
+
+    def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """``hidden [n, D]`` and ``weight [V, D]`` to ``[n, V]``."""
+
+
+class TorchArithmetic:
+    """Torch's own, with gradients: a row's last bits may depend on how many rows there are."""
+
+    def affine(self, x: Tensor, projection: Projection) -> Tensor:
+        result: Tensor = projection(x)
+        return result
+
+    def activate(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        return activation(x)
+
+    def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden, weight)
+
+
+TORCH = TorchArithmetic()
 
 
 # Below this many columns a matrix product's kernel may treat a row by its place among the others (measured: float32,

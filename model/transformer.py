@@ -10,12 +10,12 @@ import math
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import Attention
 from model.config import ModelConfig
 from model.feed_forward import DenseFeedForward
+from model.layers import TORCH, Arithmetic
 from model.mixing import ExpertBank
 
 
@@ -39,10 +39,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = ExpertBank(config) if config.is_mot else DenseFeedForward(config)
 
-    def forward(self, layer: int, x: Tensor, attend: Attend, mix: Mix) -> Tensor:
-        x = x + self.attn.c_proj(attend(layer, self.attn.c_attn(self.ln_1(x))))
+    def forward(self, layer: int, x: Tensor, attend: Attend, mix: Mix, arithmetic: Arithmetic) -> Tensor:
+        qkv = arithmetic.affine(self.ln_1(x), self.attn.c_attn)
+        x = x + arithmetic.affine(attend(layer, qkv), self.attn.c_proj)
         normed = self.ln_2(x)
-        return x + (mix(layer, self.mlp, normed) if isinstance(self.mlp, ExpertBank) else self.mlp(normed))
+        return x + (mix(layer, self.mlp, normed) if isinstance(self.mlp, ExpertBank) else self.mlp(normed, arithmetic))
 
 
 class Transformer(nn.Module):
@@ -91,14 +92,16 @@ class Transformer(nn.Module):
             block.attn.c_proj.initialize(residual_std)
             block.mlp.initialize(std, residual_std)
 
-    def forward(self, ids: Tensor, positions: Tensor, attend: Attend, mix: Mix) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor, attend: Attend, mix: Mix, arithmetic: Arithmetic = TORCH
+    ) -> Tensor:
         """``ids [n]`` and ``positions [n]`` of n rows to hidden states ``[n, D]`` after the last layer norm."""
         x = self.wte(ids) + self.wpe(positions)
         for layer, block in enumerate(self.blocks):
-            x = block(layer, x, attend, mix)
+            x = block(layer, x, attend, mix, arithmetic)
         hidden: Tensor = self.ln_f(x)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, arithmetic: Arithmetic = TORCH) -> Tensor:
         """``hidden [n, D]`` to ``[n, vocab_size]``."""
-        return F.linear(hidden, self.wte.weight if self.lm_head is None else self.lm_head.weight)
+        return arithmetic.head(hidden, self.wte.weight if self.lm_head is None else self.lm_head.weight)

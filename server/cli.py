@@ -78,6 +78,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, native (compiled) or plain.")] = None,
     group_fill: Annotated[str | None, typer.Option(help="reference, zeros or none.")] = None,
     position_window: Annotated[str | None, typer.Option(help="auto, or 1 for exact position, or more.")] = None,
     max_groups: Annotated[int | None, typer.Option(help="Decode groups a step before merging.")] = None,

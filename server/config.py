@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's choice")
+    kernels: Literal["auto", "native", "plain"] = Field(
+        "auto", description="native: compiled row-wise kernels (CPU, needs a C++ compiler); auto: where they are there"
+    )
     group_fill: Literal["reference", "zeros", "none"] = "reference"
     position_window: Annotated[int | None, BeforeValidator(parse_window)] = Field(
         None, description="how far apart members of a decode group may be; 1: exact position; auto: by the machine"

@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError
 from model.groups import Fill
 from model.kv_cache import bytes_per_block
+from model.native import Kernels, NativeUnavailable, computes_in_bfloat16, open_kernels
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from server.config import Settings
@@ -59,11 +60,25 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     many times slower in bfloat16)."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16
-    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx"))
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or computes_in_bfloat16() else torch.float32
+
+
+def resolve_kernels(name: str, device: torch.device) -> Kernels | None:
+    """The compiled kernels, or None for the plain path; the log says which and why. Raises ValueError naming
+    ``kernels`` when native ones were asked for and cannot be had."""
+    try:
+        if name == "plain":
+            raise NativeUnavailable("as asked for")
+        if device.type != "cpu":
+            raise NativeUnavailable("they are for CPUs")
+        kernels = open_kernels()
+    except NativeUnavailable as error:
+        if name == "native":
+            raise ValueError(f"kernels: native ones are not available: {error}") from None
+        _log.info("plain kernels (torch): %s", error)
+        return None
+    _log.info("native kernels (compiled for this processor)")
+    return kernels
 
 
 def load_privacy(folder: Path, config: ModelConfig) -> Privacy:
@@ -125,8 +140,9 @@ def load(settings: Settings) -> Loaded:
     blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     fill = build_fill(settings, folder, model)
     tokenizer = load_tokenizer(folder, config)
-    runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE)
-    max_groups = settings.max_groups or (measure_balance(model.banks[0]) if config.is_mot else 1)
+    kernels = resolve_kernels(settings.kernels, device)
+    runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
+    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)
     limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens)
     engine = Engine(runner, policy, limits, tokenizer, blocks=blocks)

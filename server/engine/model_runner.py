@@ -1,6 +1,7 @@
 """The only place of the engine that touches the model's tensors: a plan and its groups in, logits out.
 
-Public rows of a step run together. Private rows never share a tensor shape with anyone: a chunk of a private prompt
+With the compiled kernels every row's bits depend on that row alone, so a step is one pass over all its rows. Without
+them public rows run together, and private rows never share a tensor shape with anyone: a chunk of a private prompt
 runs alone, private decoding runs in tiles of a fixed number of rows.
 """
 
@@ -8,17 +9,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from model.groups import Fill, PrivateRows, SharedGroups
-from model.kv_cache import PADDING_BLOCK, PagedAttention, PagedKVCache, Segment, decode_segment, prefill_segment
+from model.kv_cache import (
+    PADDING_BLOCK,
+    PagedAttention,
+    PagedKVCache,
+    Segment,
+    SingleRows,
+    decode_segment,
+    prefill_segment,
+)
 from model.layers import TILE
 from model.mixing import ExpertBank
-from model.transformer import Transformer
+from model.native import Kernels, NativeArithmetic
+from model.transformer import Mix, Transformer
+from server.engine.batch import Batch, wanted_of
 from server.engine.plan import Chunk, Group, Plan
 
 
@@ -31,8 +42,12 @@ class StepLogits:
 
 
 class ModelRunner:
-    def __init__(self, model: Transformer, fill: Fill, *, blocks: int, block_size: int) -> None:
-        self.model, self.fill = model, fill
+    """``kernels`` None: the plain path."""
+
+    def __init__(
+        self, model: Transformer, fill: Fill, *, blocks: int, block_size: int, kernels: Kernels | None = None
+    ) -> None:
+        self.model, self.fill, self.kernels = model, fill, kernels
         self.config = model.config
         self.cache = PagedKVCache(
             model.config, blocks=blocks, block_size=block_size, dtype=model.dtype, device=model.device
@@ -42,6 +57,46 @@ class ModelRunner:
     def forward(self, plan: Plan, groups: tuple[Group, ...]) -> StepLogits:
         """Compute the plan's rows, write their keys and values, add to their sequences' mixing tallies."""
         self.cache.zero(list(plan.zero_blocks))
+        if self.kernels is not None:
+            found = self._single_pass(plan, groups, self.kernels)
+        else:
+            found = self._passes(plan, groups)
+        last = [found[chunk][-1] for chunk in plan.sampling]
+        sampling = torch.stack(last) if last else torch.empty(0, self.config.vocab_size)
+        scored = tuple((chunk, found[chunk]) for chunk in plan.chunks if chunk.scores_prompt)
+        return StepLogits(sampling, scored)
+
+    # All rows at once, by the kernels
+
+    def _single_pass(self, plan: Plan, groups: tuple[Group, ...], kernels: Kernels) -> dict[Chunk, Tensor]:
+        """Public rows first. Public prompts attend together, all other rows one by one."""
+        batch = self._batch(plan.chunks)
+        if not batch.rows:
+            return {}
+        prompts = [chunk for chunk in plan.public if not chunk.decodes]
+        alone = [chunk for chunk in plan.public if chunk.decodes] + list(plan.private)
+        single: SingleRows | None = None
+        if alone:
+            tables = batch.tables(alone).repeat_interleave(batch.numbers([c.length for c in alone]), 0)
+            lengths = batch.numbers([end for c in alone for end in range(c.start + 1, c.end + 1)])
+            single = SingleRows(kernels, batch.rows_of(alone), tables, lengths)
+        attention = PagedAttention(self.cache, self.config, batch.slots(), batch.prompt_segments(prompts), single)
+        arithmetic = NativeArithmetic(kernels)
+        shared = self._shared_groups(batch, groups)
+        private = self._private_rows(plan.private, padding=0)
+        mix = _Both(sum(chunk.length for chunk in plan.public), shared, private)
+        hidden = self.model(batch.ids(), batch.positions(), attention, mix, arithmetic)
+        self._tally_shared(plan.public, groups, shared)
+        self._tally_private(plan.private, private)
+        wanted, rows = batch.wanted_rows()
+        logits = self.model.logits(hidden[rows], arithmetic)
+        parts = torch.split(logits, [count for _, count in wanted])
+        return {chunk: part for (chunk, _), part in zip(wanted, parts, strict=True)}
+
+    # Public rows
+
+    def _passes(self, plan: Plan, groups: tuple[Group, ...]) -> dict[Chunk, Tensor]:
+        """Public rows together, private ones in shapes of their own."""
         found: dict[Chunk, Tensor] = {}
         if plan.public:
             found.update(self._public(plan.public, groups))
@@ -51,59 +106,49 @@ class ModelRunner:
         for chunk in plan.private:
             if not chunk.decodes:
                 found.update(self._private_prompt(chunk))
-        last = [found[chunk][-1] for chunk in plan.sampling]
-        sampling = torch.stack(last) if last else torch.empty(0, self.config.vocab_size)
-        scored = tuple((chunk, found[chunk]) for chunk in plan.chunks if chunk.scores_prompt)
-        return StepLogits(sampling, scored)
-
-    # Public rows
+        return found
 
     def _public(self, chunks: tuple[Chunk, ...], groups: tuple[Group, ...]) -> dict[Chunk, Tensor]:
-        starts = _starts(chunks)
-        shared = self._shared_groups(groups) if self.config.is_mot else None
-        attention = PagedAttention(self.cache, self.config, self._slots(chunks), self._segments(chunks, starts))
-        hidden = self.model(self._ids(chunks), self._positions(chunks), attention, shared or _no_mixing)
-        if shared is not None:
-            self._tally_shared(chunks, starts, groups, shared.entropy / self.config.n_layer)
-        wanted = [(chunk, _wanted(chunk)) for chunk in chunks if _wanted(chunk)]
+        batch = self._batch(chunks)
+        shared = self._shared_groups(batch, groups)
+        attention = PagedAttention(self.cache, self.config, batch.slots(), self._segments(batch))
+        hidden = self.model(batch.ids(), batch.positions(), attention, shared or _no_mixing)
+        self._tally_shared(chunks, groups, shared)
+        wanted, rows = batch.wanted_rows()
         if not wanted:
             return {}
-        rows = [starts[chunk] + chunk.length - count + i for chunk, count in wanted for i in range(count)]
-        logits = self.model.logits(hidden[self._tensor(rows)]).float()
+        logits = self.model.logits(hidden[rows]).float()
         parts = torch.split(logits, [count for _, count in wanted])
         return {chunk: part for (chunk, _), part in zip(wanted, parts, strict=True)}
 
-    def _shared_groups(self, groups: tuple[Group, ...]) -> SharedGroups:
+    def _shared_groups(self, batch: Batch, groups: tuple[Group, ...]) -> SharedGroups | None:
+        if not groups:
+            return None
         largest = max(len(group.rows) for group in groups)
         width = self.config.group_size if self.fill.kind != "none" else largest
         return SharedGroups(
             self.config,
             self.fill,
-            rows=self._tensor([row for group in groups for row in group.rows]),
-            places=self._tensor([n * width + i for n, group in enumerate(groups) for i in range(len(group.rows))]),
-            positions=self._tensor([group.position for group in groups]),
+            rows=batch.numbers([row for group in groups for row in group.rows]),
+            places=batch.numbers([n * width + i for n, group in enumerate(groups) for i in range(len(group.rows))]),
+            positions=batch.numbers([group.position for group in groups]),
             largest=largest,
+            kernels=self.kernels,
         )
 
-    def _segments(self, chunks: tuple[Chunk, ...], starts: dict[Chunk, int]) -> list[Segment]:
+    def _segments(self, batch: Batch) -> list[Segment]:
         """All decoding rows as one segment, prompt chunks of equal place and length as one each."""
         segments = []
-        decoding = [chunk for chunk in chunks if chunk.decodes]
+        decoding = [chunk for chunk in batch.chunks if chunk.decodes]
         if decoding:
-            rows = self._tensor([starts[chunk] for chunk in decoding])
-            segments.append(decode_segment(rows, self._tables(decoding), self._tensor([c.end for c in decoding])))
-        alike: defaultdict[tuple[int, int], list[Chunk]] = defaultdict(list)
-        for chunk in chunks:
-            if not chunk.decodes:
-                alike[chunk.start, chunk.length].append(chunk)
-        for (start, length), same in alike.items():
-            rows = self._tensor([starts[chunk] + i for chunk in same for i in range(length)])
-            segments.append(prefill_segment(rows, self._tables(same), start=start, length=length))
-        return segments
+            ends = batch.numbers([chunk.end for chunk in decoding])
+            segments.append(decode_segment(batch.rows_of(decoding), batch.tables(decoding), ends))
+        return segments + batch.prompt_segments([chunk for chunk in batch.chunks if not chunk.decodes])
 
-    def _tally_shared(
-        self, chunks: tuple[Chunk, ...], starts: dict[Chunk, int], groups: tuple[Group, ...], entropy: Tensor
-    ) -> None:
+    def _tally_shared(self, chunks: tuple[Chunk, ...], groups: tuple[Group, ...], shared: SharedGroups | None) -> None:
+        if shared is None:
+            return
+        entropy = shared.entropy / self.config.n_layer
         owner = [chunk for chunk in chunks for _ in range(chunk.length)]
         filled = self.fill.kind == "reference"
         for group, value in zip(groups, entropy.tolist(), strict=True):
@@ -116,35 +161,34 @@ class ModelRunner:
 
     def _private_prompt(self, chunk: Chunk) -> dict[Chunk, Tensor]:
         """One chunk by itself: every shape follows from the request."""
-        rows = torch.arange(chunk.length, device=self.model.device)
-        segment = prefill_segment(rows, self._tables([chunk]), start=chunk.start, length=chunk.length)
-        attention = PagedAttention(self.cache, self.config, self._slots([chunk]), [segment])
+        batch = self._batch([chunk])
+        attention = PagedAttention(self.cache, self.config, batch.slots(), batch.prompt_segments([chunk]))
         mix = self._private_rows([chunk], padding=0)
-        hidden = self.model(self._ids([chunk]), self._positions([chunk]), attention, mix or _no_mixing)
+        hidden = self.model(batch.ids(), batch.positions(), attention, mix or _no_mixing)
         self._tally_private([chunk], mix)
-        count = _wanted(chunk)
+        count = wanted_of(chunk)
         return {chunk: self._tiled_logits(hidden[chunk.length - count :])} if count else {}
 
-    def _private_tile(self, chunks: list[Chunk]) -> dict[Chunk, Tensor]:
+    def _private_tile(self, chunks: Many[Chunk]) -> dict[Chunk, Tensor]:
         """Up to a tile of decoding rows, padded to a tile; each attends by itself."""
-        padding = TILE - len(chunks)
-        zeros = torch.zeros(padding, dtype=torch.int64, device=self.model.device)
+        batch = self._batch(chunks)
+        zeros = batch.numbers([0] * (TILE - len(chunks)))
         segments = [
-            prefill_segment(self._tensor([row]), self._tables([chunk]), start=chunk.start, length=1)
-            for row, chunk in enumerate(chunks)
+            prefill_segment(batch.rows_of([chunk]), batch.tables([chunk]), start=chunk.start, length=1)
+            for chunk in chunks
         ]
-        slots = torch.cat((self._slots(chunks), zeros + PADDING_BLOCK))
+        slots = torch.cat((batch.slots(), zeros + PADDING_BLOCK))
         attention = PagedAttention(self.cache, self.config, slots, segments)
-        mix = self._private_rows(chunks, padding=padding)
-        ids = torch.cat((self._ids(chunks), zeros))
-        positions = torch.cat((self._positions(chunks), zeros))
+        mix = self._private_rows(chunks, padding=len(zeros))
+        ids = torch.cat((batch.ids(), zeros))
+        positions = torch.cat((batch.positions(), zeros))
         hidden = self.model(ids, positions, attention, mix or _no_mixing)
         self._tally_private(chunks, mix)
         logits = self.model.logits(hidden).float()
         return {chunk: logits[row : row + 1] for row, chunk in enumerate(chunks)}
 
-    def _private_rows(self, chunks: list[Chunk], *, padding: int) -> PrivateRows | None:
-        if not self.config.is_mot:
+    def _private_rows(self, chunks: Many[Chunk], *, padding: int) -> PrivateRows | None:
+        if not self.config.is_mot or not chunks:
             return None
         temperatures, skip_below, live = [], [], []
         for chunk in chunks:
@@ -153,18 +197,18 @@ class ModelRunner:
             temperatures += [privacy.temperature] * chunk.length
             skip_below += [privacy.skip_below] * chunk.length
             live += [True] * chunk.length
-        device = self.model.device
-        zeros = torch.zeros(padding, dtype=torch.int64, device=device)
+        batch, device = self._batch(chunks), self.model.device
         return PrivateRows(
             self.config,
             self.fill,
-            positions=torch.cat((self._positions(chunks), zeros)),
+            positions=torch.cat((batch.positions(), batch.numbers([0] * padding))),
             temperatures=torch.tensor(temperatures + [1.0] * padding, device=device),
             skip_below=torch.tensor(skip_below + [0.0] * padding, device=device),
             live=torch.tensor(live + [False] * padding, device=device),
+            kernels=self.kernels,
         )
 
-    def _tally_private(self, chunks: list[Chunk], mix: PrivateRows | None) -> None:
+    def _tally_private(self, chunks: Many[Chunk], mix: PrivateRows | None) -> None:
         if mix is None:
             return
         reference = self.config.group_size - 1 if self.fill.kind == "reference" else 0
@@ -183,57 +227,28 @@ class ModelRunner:
             tiles.append(self.model.logits(padded)[: tile.shape[0]])
         return torch.cat(tiles).float()
 
-    # Chunks to tensors
+    def _batch(self, chunks: Many[Chunk]) -> Batch:
+        return Batch(chunks, block_size=self.cache.block_size, device=self.model.device)
 
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
-    def _ids(self, chunks: list[Chunk] | tuple[Chunk, ...]) -> Tensor:
-        return self._tensor([token for c in chunks for token in c.sequence.token_ids[c.start : c.end]])
+@dataclass(frozen=True)
+class _Both:
+    """``mix`` for a batch whose first ``public`` rows are public, the rest private."""
 
-    def _positions(self, chunks: list[Chunk] | tuple[Chunk, ...]) -> Tensor:
-        return self._tensor([position for c in chunks for position in range(c.start, c.end)])
+    public: int
+    shared: SharedGroups | None
+    private: PrivateRows | None
 
-    def _slots(self, chunks: list[Chunk] | tuple[Chunk, ...]) -> Tensor:
-        size = self.cache.block_size
-        return self._tensor(
-            [c.sequence.block_table[p // size] * size + p % size for c in chunks for p in range(c.start, c.end)]
-        )
-
-    def _tables(self, chunks: list[Chunk]) -> Tensor:
-        """Block tables up to each chunk's end, padded to the longest: ``[m, b]``."""
-        size = self.cache.block_size
-        counts = [-(-chunk.end // size) for chunk in chunks]
-        longest = max(counts)
-        return torch.tensor(
-            [
-                chunk.sequence.block_table[:count] + [PADDING_BLOCK] * (longest - count)
-                for chunk, count in zip(chunks, counts, strict=True)
-            ],
-            dtype=torch.int64,
-            device=self.model.device,
-        )
+    def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        parts: list[tuple[Mix | None, Tensor]] = [(self.shared, x[: self.public]), (self.private, x[self.public :])]
+        return torch.cat([mix(layer, bank, rows) for mix, rows in parts if mix is not None])
 
 
 def _no_mixing(layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
     raise AssertionError("a dense model has no expert banks")
 
 
-def _wanted(chunk: Chunk) -> int:
-    """How many of the chunk's last rows need logits."""
-    return chunk.length if chunk.scores_prompt else int(chunk.samples)
-
-
-def _starts(chunks: tuple[Chunk, ...]) -> dict[Chunk, int]:
-    """The row at which each chunk begins."""
-    starts, row = {}, 0
-    for chunk in chunks:
-        starts[chunk] = row
-        row += chunk.length
-    return starts
-
-
-def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 5) -> int:
+def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 5, kernels: Kernels | None = None) -> int:
     """How many groups a step can take until computing costs as much as reading the expert weights: the time of one
     group over what each further one adds."""
 
@@ -242,7 +257,10 @@ def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 5) -> in
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            bank.experts(mixes)
+            if kernels is not None and kernels.prefers(groups, bank.lin1.dtype):
+                kernels.bank(mixes, bank.lin1, bank.lin2, bank.activation)
+            else:
+                bank.experts(mixes)
             if mixes.is_cuda:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)

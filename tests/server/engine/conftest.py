@@ -10,6 +10,7 @@ import torch
 
 from model.config import ModelConfig
 from model.groups import Fill
+from model.native import Kernels, NativeUnavailable, open_kernels
 from model.reference import ReferenceCrowd
 from model.transformer import Transformer
 from server.engine.engine import Engine
@@ -21,7 +22,13 @@ from server.engine.scheduler import SchedulerLimits
 BuildEngine = Callable[..., Engine]
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float32, *, prefill_tokens: int = 128) -> Engine:
+def build(
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    prefill_tokens: int = 128,
+    kernels: Kernels | None = None,
+) -> Engine:
     """Weights large enough that mixing, experts and attention all matter."""
     model = Transformer(config)
     model.initialize(0)
@@ -31,16 +38,16 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float32, *, prefill_to
                 parameter.mul_(6)
     model = model.to(dtype).eval().requires_grad_(False)
     if not config.is_mot:
-        return _engine(model, Fill("none", None), prefill_tokens)
+        return _engine(model, Fill("none", None), prefill_tokens, kernels)
     generator = torch.Generator().manual_seed(1)
     shape = (config.n_layer, config.n_positions, config.group_size, config.n_embd)
     crowd = ReferenceCrowd(torch.randn(shape, generator=generator).to(dtype), model.banks, fingerprint="test")
     fill = Fill.build("reference", config, model.banks, crowd)
-    return _engine(model, fill, prefill_tokens)
+    return _engine(model, fill, prefill_tokens, kernels)
 
 
-def _engine(model: Transformer, fill: Fill, prefill_tokens: int) -> Engine:
-    runner = ModelRunner(model, fill, blocks=1500, block_size=16)
+def _engine(model: Transformer, fill: Fill, prefill_tokens: int, kernels: Kernels | None) -> Engine:
+    runner = ModelRunner(model, fill, blocks=1500, block_size=16, kernels=kernels)
     limits = SchedulerLimits(max_running=64, prefill_tokens=prefill_tokens)
     return Engine(runner, GroupingPolicy(model.config.group_size), limits, None, blocks=1500)
 
@@ -68,3 +75,14 @@ def build_engine() -> BuildEngine:
 @pytest.fixture
 def drive_engine() -> Callable[..., dict[str, list[Delta]]]:
     return drive
+
+
+@pytest.fixture(params=["plain", "native"])
+def kernels(request: pytest.FixtureRequest) -> Kernels | None:
+    """Both ways to compute; the native one wherever there is a compiler."""
+    if request.param == "plain":
+        return None
+    try:
+        return open_kernels()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))

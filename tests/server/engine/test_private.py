@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
+from model.native import Kernels
 from server.engine.request import Delta, EngineRequest, Privacy, SamplingParams
 
 SMALL = ModelConfig(
@@ -67,18 +68,20 @@ def _answer(deltas: list[Delta]) -> list[str]:
     ids=["small", "odd", "over-experts", "discrete", "dense"],
 )
 def test_private_answers_are_the_same_alone_and_in_traffic(
-    config: ModelConfig, dtype: torch.dtype, build_engine: Any, drive_engine: Any
+    config: ModelConfig, dtype: torch.dtype, kernels: Kernels | None, build_engine: Any, drive_engine: Any
 ) -> None:
     requests = _requests(config, seed=7, count=24)
-    crowded = drive_engine(build_engine(config, dtype), requests, random.Random(3))
+    crowded = drive_engine(build_engine(config, dtype, kernels=kernels), requests, random.Random(3))
     private = [request for request in requests if request.privacy is not None]
     assert len(private) > 5
     for request in private:
-        alone = drive_engine(build_engine(config, dtype), [request])
+        alone = drive_engine(build_engine(config, dtype, kernels=kernels), [request])
         assert _answer(alone[request.request_id]) == _answer(crowded[request.request_id])
 
 
-def test_public_answers_do_not_depend_on_private_contents(build_engine: Any, drive_engine: Any) -> None:
+def test_public_answers_do_not_depend_on_private_contents(
+    kernels: Kernels | None, build_engine: Any, drive_engine: Any
+) -> None:
     requests = [
         dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, ignore_eos=True))
         for request in _requests(SMALL, seed=11, count=24)
@@ -91,8 +94,8 @@ def test_public_answers_do_not_depend_on_private_contents(build_engine: Any, dri
         else request
         for request in requests
     ]
-    before = drive_engine(build_engine(SMALL), requests, random.Random(5))
-    after = drive_engine(build_engine(SMALL), changed, random.Random(5))
+    before = drive_engine(build_engine(SMALL, kernels=kernels), requests, random.Random(5))
+    after = drive_engine(build_engine(SMALL, kernels=kernels), changed, random.Random(5))
     for request in requests:
         same = _answer(before[request.request_id]) == _answer(after[request.request_id])
         assert same == (request.privacy is None)

@@ -1,0 +1,450 @@
+// Row-wise kernels of the decoder for CPUs: every row of a result is computed by the same sequence of operations,
+// whatever rows stand beside it and however many there are. Sums run in float32; weights are float32 or bfloat16.
+//
+// Plain C interface, called through ctypes by model/native; shapes are checked there.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+typedef float vec __attribute__((vector_size(32)));
+typedef uint16_t half_bits __attribute__((vector_size(16)));
+typedef uint32_t full_bits __attribute__((vector_size(32)));
+constexpr long LANES = 8;
+constexpr long SERIAL = 1 << 15;  // multiplications below which threads cost more than they bring
+
+inline vec load(const float* p) {
+    vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline vec load(const bf16* p) {
+    half_bits h;
+    std::memcpy(&h, p, sizeof h);
+    full_bits wide = __builtin_convertvector(h, full_bits) << 16;
+    vec v;
+    std::memcpy(&v, &wide, sizeof v);
+    return v;
+}
+
+inline float value(const float* p) { return *p; }
+
+inline float value(const bf16* p) {
+    uint32_t wide = uint32_t(p->bits) << 16;
+    float v;
+    std::memcpy(&v, &wide, sizeof v);
+    return v;
+}
+
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline vec broadcast(float x) { return vec{x, x, x, x, x, x, x, x}; }
+
+inline float sum(vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// Products with weights [K, N]: one accumulator an output, over k in ascending order.
+
+template <int R, int V, class W>
+inline void column_block(const float* const* a, const W* b, long K, long N, float* const* c) {
+    vec total[R][V] = {};
+    for (long k = 0; k < K; ++k) {
+        vec w[V];
+        for (int v = 0; v < V; ++v) w[v] = load(b + k * N + v * LANES);
+        for (int r = 0; r < R; ++r) {
+            const vec x = broadcast(a[r][k]);
+            for (int v = 0; v < V; ++v) total[r][v] += x * w[v];
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(c[r] + v * LANES, total[r][v]);
+}
+
+template <int R, class W>
+inline void column_rest(const float* const* a, const W* b, long K, long N, long columns, float* const* c) {
+    for (int r = 0; r < R; ++r)
+        for (long j = 0; j < columns; ++j) {
+            float total = 0;
+            for (long k = 0; k < K; ++k) total = __builtin_fmaf(a[r][k], value(b + k * N + j), total);
+            c[r][j] = total;
+        }
+}
+
+// Columns [begin, end) of R rows.
+template <int R, int V, class W>
+void column_range(const float* const* a, const W* b, long K, long N, long begin, long end, float* const* c) {
+    long j = begin;
+    float* at[R];
+    for (; j + V * LANES <= end; j += V * LANES) {
+        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
+        column_block<R, V>(a, b + j, K, N, at);
+    }
+    for (; j + LANES <= end; j += LANES) {
+        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
+        column_block<R, 1>(a, b + j, K, N, at);
+    }
+    if (j < end) {
+        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
+        column_rest<R>(a, b + j, K, N, end - j, at);
+    }
+}
+
+template <class W>
+void row_products(const float* const* a, long rows, const W* b, long K, long N, long begin, long end, float* const* c) {
+    long r = 0;
+    for (; r + 4 <= rows; r += 4) column_range<4, 3>(a + r, b, K, N, begin, end, c + r);
+    if (rows - r == 3) column_range<3, 3>(a + r, b, K, N, begin, end, c + r);
+    if (rows - r == 2) column_range<2, 4>(a + r, b, K, N, begin, end, c + r);
+    if (rows - r == 1) column_range<1, 8>(a + r, b, K, N, begin, end, c + r);
+}
+
+// Products with weights [N, K]: eight accumulators an output, over k in ascending order.
+
+template <int R, int C, class W>
+inline void dot_block(const float* const* a, const W* b, long K, float* const* c) {
+    vec total[R][C] = {};
+    long k = 0;
+    for (; k + LANES <= K; k += LANES) {
+        vec x[R];
+        for (int r = 0; r < R; ++r) x[r] = load(a[r] + k);
+        for (int j = 0; j < C; ++j) {
+            const vec w = load(b + j * K + k);
+            for (int r = 0; r < R; ++r) total[r][j] += x[r] * w;
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < C; ++j) {
+            float rest = 0;
+            for (long i = k; i < K; ++i) rest = __builtin_fmaf(a[r][i], value(b + j * K + i), rest);
+            c[r][j] = sum(total[r][j]) + rest;
+        }
+}
+
+template <int R, class W>
+void dot_range(const float* const* a, const W* b, long K, long begin, long end, float* const* c) {
+    long j = begin;
+    float* at[R];
+    for (; j + 3 <= end; j += 3) {
+        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
+        dot_block<R, 3>(a, b + j * K, K, at);
+    }
+    for (; j < end; ++j) {
+        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
+        dot_block<R, 1>(a, b + j * K, K, at);
+    }
+}
+
+template <class W>
+void dot_products(const float* const* a, long rows, const W* b, long K, long begin, long end, float* const* c) {
+    long r = 0;
+    for (; r + 4 <= rows; r += 4) dot_range<4>(a + r, b, K, begin, end, c + r);
+    if (rows - r == 3) dot_range<3>(a + r, b, K, begin, end, c + r);
+    if (rows - r == 2) dot_range<2>(a + r, b, K, begin, end, c + r);
+    if (rows - r == 1) dot_range<1>(a + r, b, K, begin, end, c + r);
+}
+
+std::vector<const float*> row_pointers(const float* base, long rows, long width) {
+    std::vector<const float*> pointers(rows);
+    for (long r = 0; r < rows; ++r) pointers[r] = base + r * width;
+    return pointers;
+}
+
+std::vector<float*> row_pointers(float* base, long rows, long width) {
+    std::vector<float*> pointers(rows);
+    for (long r = 0; r < rows; ++r) pointers[r] = base + r * width;
+    return pointers;
+}
+
+constexpr long STRIPE = 96;  // columns a thread takes at once
+
+template <class W>
+void linear(const float* x, const W* weight, const float* bias, float* out, long rows, long K, long N, bool by_output) {
+    const auto from = row_pointers(x, rows, K);
+    const auto to = row_pointers(out, rows, N);
+    const long stripes = (N + STRIPE - 1) / STRIPE;
+#pragma omp parallel for schedule(static) if (rows * K * N > SERIAL)
+    for (long s = 0; s < stripes; ++s) {
+        const long begin = s * STRIPE, end = std::min(N, begin + STRIPE);
+        if (by_output)
+            dot_products(from.data(), rows, weight, K, begin, end, to.data());
+        else
+            row_products(from.data(), rows, weight, K, N, begin, end, to.data());
+        if (bias != nullptr)
+            for (long r = 0; r < rows; ++r)
+                for (long j = begin; j < end; ++j) to[r][j] += bias[j];
+    }
+}
+
+// Activations, by number: the order of model/native's table.
+
+void activate(float* x, long count, int kind) {
+    switch (kind) {
+        case 0:
+            for (long i = 0; i < count; ++i) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678118654752f));
+            break;
+        case 1:
+            for (long i = 0; i < count; ++i) {
+                const float inner = 0.79788456080286536f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+                x[i] = 0.5f * x[i] * (1.0f + tanhf(inner));
+            }
+            break;
+        case 2:
+            for (long i = 0; i < count; ++i) x[i] = x[i] > 0 ? x[i] : 0;
+            break;
+        default:
+            for (long i = 0; i < count; ++i) x[i] = x[i] / (1.0f + expf(-x[i]));
+    }
+}
+
+// One expert on its rows: hidden [rows, S] is scratch.
+template <class W>
+void expert(const float* const* in, float* const* out, long rows, const W* lin1, const W* lin2, long D, long S,
+            float* hidden, int activation) {
+    const auto to = row_pointers(hidden, rows, S);
+    row_products(in, rows, lin1, D, S, 0, S, to.data());
+    activate(hidden, rows * S, activation);
+    const std::vector<const float*> from(to.begin(), to.end());
+    row_products(from.data(), rows, lin2, S, D, 0, D, out);
+}
+
+template <class W>
+void bank(const float* mixes, const W* lin1, const W* lin2, float* out, long E, long n, long D, long S, int activation) {
+#pragma omp parallel for schedule(static)
+    for (long e = 0; e < E; ++e) {
+        std::vector<float> hidden(n * S);
+        const auto from = row_pointers(mixes + e * n * D, n, D);
+        const auto to = row_pointers(out + e * n * D, n, D);
+        expert(from.data(), to.data(), n, lin1 + e * D * S, lin2 + e * S * D, D, S, hidden.data(), activation);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// What a private layer needs; mirrored in model/native.
+struct PrivateLayer {
+    int64_t n, D, E, S;
+    int64_t places, members;  // of the crowd: positions it has, members of a group; 0 members: no crowd
+    int32_t activation, over_experts, discrete, half;
+    const float* x;            // [n, D]
+    const float* own;          // [n, E] scores
+    const void* crowd;         // [places, members, D], the first member gives way to the row
+    const void* crowd_scores;  // [places, E, members]
+    const int64_t* positions;  // [n]
+    const float* temperatures;
+    const float* skip_below;
+    const uint8_t* live;
+    const void* lin1;
+    const void* lin2;
+    float* out;       // [n, D]
+    float* entropy;   // [n], added to
+    int64_t* used;    // [n], added to
+};
+}
+
+namespace {
+
+struct Pair {
+    long row, expert;
+    float emit;
+    float* mix;
+};
+
+// Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
+template <class W>
+float mixing_weights(const PrivateLayer& l, long row, const W* scores, float* merge, float* emit) {
+    const long rivals = l.members > 0 ? l.members - 1 : 0, size = rivals + 1;
+    const float T = l.temperatures[row];
+    const float* own = l.own + row * l.E;
+    const bool unmixed = T == 0;
+    double spent = 0;
+    for (long e = 0; e < l.E; ++e) {
+        float* m = merge + e * size;
+        const W* theirs = scores + e * l.members + 1;
+        float best = -std::numeric_limits<float>::infinity();
+        long holder = 0;
+        for (long j = 0; j < rivals; ++j) {
+            const float s = value(theirs + j);
+            m[j + 1] = s;
+            if (s > best) best = s, holder = j + 1;
+        }
+        if (unmixed || l.discrete) {
+            const bool wins = rivals == 0 || (unmixed ? own[e] > best : own[e] >= best);
+            std::fill(m, m + size, 0.0f);
+            if (wins) m[0] = 1;
+            else if (!unmixed) m[holder] = 1;
+            emit[e] = m[0];
+            continue;
+        }
+        const float top = std::max(best, own[e]) / T;
+        m[0] = own[e];
+        float total = 0, weighted = 0;
+        for (long j = 0; j < size; ++j) {
+            const float z = m[j] / T - top;
+            m[j] = expf(z);
+            total += m[j];
+            weighted += m[j] * z;
+        }
+        for (long j = 0; j < size; ++j) m[j] /= total;
+        emit[e] = m[0];
+        if (size > 1) spent += logf(total) - weighted / total;
+    }
+    if (l.over_experts) {
+        const long best = std::max_element(own, own + l.E) - own;
+        if (unmixed || l.discrete) {
+            for (long e = 0; e < l.E; ++e) emit[e] = e == best ? (unmixed ? emit[e] : 1.0f) : 0.0f;
+        } else {
+            float total = 0;
+            for (long e = 0; e < l.E; ++e) emit[e] = expf((own[e] - own[best]) / T), total += emit[e];
+            for (long e = 0; e < l.E; ++e) emit[e] /= total;
+        }
+    }
+    return size > 1 ? float(spent / l.E / std::log(double(size))) : 0.0f;
+}
+
+// The mix that one expert sees: the row and its rivals by their weights, in order.
+template <class W>
+void mix(const PrivateLayer& l, long row, const W* crowd, const float* merge, float* out) {
+    const float* x = l.x + row * l.D;
+    if (l.temperatures[row] == 0) {
+        std::copy(x, x + l.D, out);
+        return;
+    }
+    for (long d = 0; d < l.D; ++d) out[d] = merge[0] * x[d];
+    for (long j = 1; j < l.members; ++j) {
+        const W* member = crowd + j * l.D;
+        const float w = merge[j];
+        for (long d = 0; d < l.D; ++d) out[d] = __builtin_fmaf(w, value(member + d), out[d]);
+    }
+}
+
+template <class W>
+void private_layer(const PrivateLayer& l) {
+    const long size = l.members > 0 ? l.members : 1;
+    std::vector<float> emit(l.n * l.E), merge(l.n * l.E * size);
+    const W* crowd = static_cast<const W*>(l.crowd);
+    const W* scores = static_cast<const W*>(l.crowd_scores);
+    auto place = [&](long row) { return l.places > 1 ? l.positions[row] : 0; };
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < l.n; ++row) {
+        if (!l.live[row]) continue;
+        l.entropy[row] += mixing_weights(l, row, scores + place(row) * l.E * l.members, &merge[row * l.E * size],
+                                         &emit[row * l.E]);
+    }
+    std::vector<Pair> pairs;
+    std::vector<long> first(l.E + 1);
+    for (long e = 0; e < l.E; ++e) {
+        first[e] = pairs.size();
+        for (long row = 0; row < l.n; ++row) {
+            const float w = emit[row * l.E + e];
+            if (!l.live[row] || !(w > 0) || !(w >= l.skip_below[row])) continue;
+            pairs.push_back({row, e, w, nullptr});
+            ++l.used[row];
+        }
+    }
+    first[l.E] = pairs.size();
+    std::vector<float> answers(pairs.size() * l.D);  // mixes first, then, in their place, what the experts make of them
+#pragma omp parallel for schedule(dynamic, 1)
+    for (long e = 0; e < l.E; ++e) {
+        const long count = first[e + 1] - first[e];
+        if (count == 0) continue;
+        std::vector<float> hidden(count * l.S), mixes(count * l.D);
+        for (long i = 0; i < count; ++i) {
+            const Pair& pair = pairs[first[e] + i];
+            mix(l, pair.row, crowd + place(pair.row) * l.members * l.D, &merge[(pair.row * l.E + e) * size],
+                &mixes[i * l.D]);
+        }
+        const auto from = row_pointers(static_cast<const float*>(mixes.data()), count, l.D);
+        const auto to = row_pointers(&answers[first[e] * l.D], count, l.D);
+        expert(from.data(), to.data(), count, static_cast<const W*>(l.lin1) + e * l.D * l.S,
+               static_cast<const W*>(l.lin2) + e * l.S * l.D, l.D, l.S, hidden.data(), l.activation);
+    }
+    std::fill(l.out, l.out + l.n * l.D, 0.0f);
+    // Experts in ascending order for every row; threads share rows out, never one row's sum.
+#pragma omp parallel for schedule(static)
+    for (long d = 0; d < l.D; d += 64) {
+        const long end = std::min(l.D, d + 64);
+        for (size_t p = 0; p < pairs.size(); ++p) {
+            float* out = l.out + pairs[p].row * l.D;
+            const float* answer = &answers[p * l.D];
+            for (long i = d; i < end; ++i) out[i] = __builtin_fmaf(pairs[p].emit, answer[i], out[i]);
+        }
+    }
+}
+
+// Attention of single queries over their own paged keys and values.
+template <class W>
+void attend(const float* queries, const W* keys, const W* values, const int64_t* tables, const int64_t* lengths,
+            float* out, long rows, long heads, long size, long table_width, long block_size) {
+    const float scale = 1.0f / std::sqrt(float(size));
+#pragma omp parallel for collapse(2) schedule(dynamic, 4)
+    for (long row = 0; row < rows; ++row)
+        for (long head = 0; head < heads; ++head) {
+            const long length = lengths[row], width = heads * size;
+            const float* query = queries + row * width + head * size;
+            const int64_t* table = tables + row * table_width;
+            std::vector<float> weights(length);
+            float top = -std::numeric_limits<float>::infinity();
+            for (long t = 0; t < length; ++t) {
+                const W* key = keys + (table[t / block_size] * block_size + t % block_size) * width + head * size;
+                float* to = &weights[t];
+                dot_block<1, 1>(&query, key, size, &to);
+                *to *= scale;
+                top = std::max(top, *to);
+            }
+            float total = 0;
+            for (long t = 0; t < length; ++t) weights[t] = expf(weights[t] - top), total += weights[t];
+            float* result = out + row * width + head * size;
+            std::fill(result, result + size, 0.0f);
+            for (long t = 0; t < length; ++t) {
+                const W* v = values + (table[t / block_size] * block_size + t % block_size) * width + head * size;
+                const float w = weights[t] / total;
+                for (long i = 0; i < size; ++i) result[i] = __builtin_fmaf(w, value(v + i), result[i]);
+            }
+        }
+}
+
+}  // namespace
+
+extern "C" {
+
+void motserve_linear(const float* x, const void* weight, const float* bias, float* out, int64_t rows, int64_t K,
+                     int64_t N, int32_t by_output, int32_t half) {
+    if (half) linear(x, static_cast<const bf16*>(weight), bias, out, rows, K, N, by_output);
+    else linear(x, static_cast<const float*>(weight), bias, out, rows, K, N, by_output);
+}
+
+void motserve_bank(const float* mixes, const void* lin1, const void* lin2, float* out, int64_t E, int64_t n, int64_t D,
+                   int64_t S, int32_t activation, int32_t half) {
+    if (half) bank(mixes, static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2), out, E, n, D, S, activation);
+    else bank(mixes, static_cast<const float*>(lin1), static_cast<const float*>(lin2), out, E, n, D, S, activation);
+}
+
+void motserve_private_layer(const PrivateLayer* layer) {
+    if (layer->half) private_layer<bf16>(*layer);
+    else private_layer<float>(*layer);
+}
+
+void motserve_activate(float* x, int64_t count, int32_t kind) { activate(x, count, kind); }
+
+void motserve_attend(const float* queries, const void* keys, const void* values, const int64_t* tables,
+                     const int64_t* lengths, float* out, int64_t rows, int64_t heads, int64_t size,
+                     int64_t table_width, int64_t block_size, int32_t half) {
+    if (half)
+        attend(queries, static_cast<const bf16*>(keys), static_cast<const bf16*>(values), tables, lengths, out, rows,
+               heads, size, table_width, block_size);
+    else
+        attend(queries, static_cast<const float*>(keys), static_cast<const float*>(values), tables, lengths, out, rows,
+               heads, size, table_width, block_size);
+}
+}

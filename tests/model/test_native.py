@@ -1,0 +1,168 @@
+"""The compiled kernels against their plain twins, and their promise: a row's bits depend on that row alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.groups import Fill, PrivateRows
+from model.mixing import ExpertBank
+from model.native import Kernels, NativeUnavailable, activation_kind, build, open_kernels
+from model.reference import ReferenceCrowd
+
+DTYPES = [torch.float32, torch.bfloat16]
+dtypes = st.sampled_from(DTYPES)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    try:
+        return open_kernels()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+
+
+def _random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 21), inner=st.integers(1, 70), outer=st.integers(1, 210), by_output=st.booleans(), dtype=dtypes
+)
+def test_linear(kernels: Kernels, rows: int, inner: int, outer: int, by_output: bool, dtype: torch.dtype) -> None:
+    x, bias = _random(rows, inner), _random(outer, seed=1)
+    weight = _random(*((outer, inner) if by_output else (inner, outer)), seed=2).to(dtype)
+    found = kernels.linear(x, weight, bias, by_output=by_output)
+    plain = torch.addmm(bias, x, weight.float().t() if by_output else weight.float())
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+    for row in range(rows):
+        assert torch.equal(kernels.linear(x[row : row + 1], weight, bias, by_output=by_output)[0], found[row])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    experts=st.integers(1, 9), rows=st.integers(1, 9), width=st.integers(1, 40), size=st.integers(1, 40), dtype=dtypes
+)
+def test_bank(kernels: Kernels, experts: int, rows: int, width: int, size: int, dtype: torch.dtype) -> None:
+    mixes = _random(experts, rows, width)
+    lin1, lin2 = _random(experts, width, size, seed=1).to(dtype), _random(experts, size, width, seed=2).to(dtype)
+    for activation in (F.gelu, F.relu, F.silu):
+        found = kernels.bank(mixes, lin1, lin2, activation)
+        plain = torch.bmm(activation(torch.bmm(mixes, lin1.float())), lin2.float())
+        torch.testing.assert_close(found, plain, atol=2e-3, rtol=1e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows=st.integers(1, 9), heads=st.integers(1, 4), size=st.integers(1, 40), dtype=dtypes, data=st.data())
+def test_attend(kernels: Kernels, rows: int, heads: int, size: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    blocks, block_size, width = 12, 4, 6
+    lengths = data.draw(st.lists(st.integers(1, width * block_size), min_size=rows, max_size=rows))
+    keys, values = (_random(blocks, block_size, heads, size, seed=s).to(dtype) for s in (1, 2))
+    tables = torch.randint(blocks, (rows, width), generator=torch.Generator().manual_seed(3))
+    queries = _random(rows, heads, size)
+    found = kernels.attend(queries, keys, values, tables, torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        mine = [t[tables[row]].flatten(0, 1)[:length].float().transpose(0, 1) for t in (keys, values)]
+        plain = F.scaled_dot_product_attention(queries[row][:, None], *mine)[:, 0]
+        torch.testing.assert_close(found[row], plain, atol=1e-4, rtol=1e-4)
+        # A wider table and other rows change nothing.
+        wider = torch.cat((tables[row : row + 1], torch.zeros(1, 3, dtype=torch.int64)), 1)
+        alone = kernels.attend(queries[row : row + 1], keys, values, wider, torch.tensor([length]))
+        assert torch.equal(alone[0], found[row])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 12),
+    group=st.integers(1, 5),
+    fill=st.sampled_from(["reference", "zeros", "none"]),
+    over_experts=st.booleans(),
+    discrete=st.booleans(),
+    dtype=dtypes,
+    seed=st.integers(0, 1000),
+)
+def test_private_layer(
+    kernels: Kernels,
+    rows: int,
+    group: int,
+    fill: str,
+    over_experts: bool,
+    discrete: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=18, n_layer=1, n_head=2, group_size=group, n_expert=7, expert_size=11,
+        emit_softmax_over_experts=over_experts, use_discrete_routing=discrete,
+    )  # fmt: skip
+    bank = ExpertBank(config)
+    torch.manual_seed(seed)
+    bank.initialize(0.5, 0.5)
+    # Values that bfloat16 holds exactly, in a bank that computes in float32: the twins differ by rounding alone.
+    halved = [parameter.detach().to(dtype) for parameter in (bank.controller, bank.lin1, bank.lin2)]
+    with torch.no_grad():
+        for parameter, value in zip((bank.controller, bank.lin1, bank.lin2), halved, strict=True):
+            parameter.copy_(value.float())
+    bank.requires_grad_(False)
+    activations = _random(1, 6, group, 18, seed=seed + 1).to(dtype)
+    crowd = ReferenceCrowd(activations.float(), [bank], fingerprint=None)
+    crowd.scores = crowd.scores.to(dtype).float()
+    chosen = Fill.build(fill, config, [bank], crowd)  # type: ignore[arg-type]
+    about = {
+        "positions": torch.arange(rows) % 6,
+        "temperatures": torch.tensor([[1.0, 0.3, 0.0][row % 3] for row in range(rows)]),
+        "skip_below": torch.tensor([[0.0, 0.05][row % 2] for row in range(rows)]),
+        "live": torch.tensor([row % 5 != 4 for row in range(rows)]),
+    }
+    x = _random(rows, 18, seed=seed + 2)
+    plain = PrivateRows(config, chosen, **about)
+    wanted = plain(0, bank, x)
+    entropy, used = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
+    layer = None if chosen.crowd is None else (chosen.crowd.places[0].to(dtype), chosen.crowd.scores[0].to(dtype))
+
+    def run(only: slice) -> Tensor:
+        entropy.zero_()
+        used.zero_()
+        return kernels.private_layer(
+            x[only], *halved, layer, **{name: value[only].contiguous() for name, value in about.items()},
+            entropy=entropy, used=used, activation=bank.activation, over_experts=over_experts, discrete=discrete,
+        )  # fmt: skip
+
+    singles = [run(slice(row, row + 1)) for row in range(rows)]
+    found = run(slice(0, rows))
+    assert torch.equal(torch.cat(singles), found)
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+    assert used.tolist() == plain.experts_used.tolist()
+    live = about["live"]
+    torch.testing.assert_close(entropy[live], plain.entropy[live], atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_activation_is_named() -> None:
+    with pytest.raises(NativeUnavailable, match="activation"):
+        activation_kind(torch.tanh)
+
+
+def test_without_a_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(NativeUnavailable, match="compiler"):
+        build()
+
+
+def test_a_failing_compiler_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(NativeUnavailable, match="no such flag"):
+        build()
+    assert not list((tmp_path / "motserve").iterdir())
