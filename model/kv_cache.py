@@ -52,7 +52,15 @@ class PagedKVCache:
     def zero(self, blocks: list[int]) -> None:
         """Forget what ``blocks`` hold."""
         if blocks:
-            self._data[:, :, torch.tensor(blocks, device=self._data.device)] = 0
+            self._data[:, :, torch.tensor(blocks, dtype=torch.int64, device=self._data.device)] = 0
+
+    def copy_out(self, blocks: list[int]) -> Tensor:
+        """What ``blocks`` hold, in host memory: ``[layers, 2, b, block_size, heads, head_size]``."""
+        return self._data[:, :, torch.tensor(blocks, dtype=torch.int64, device=self._data.device)].cpu()
+
+    def copy_in(self, blocks: list[int], content: Tensor) -> None:
+        """Put back what ``copy_out`` gave, into any blocks."""
+        self._data[:, :, torch.tensor(blocks, dtype=torch.int64, device=self._data.device)] = content.to(self._data.device)
 
     def holds_only_zeros(self, block: int) -> bool:
         return not bool(self._data[:, :, block].any())

@@ -84,6 +84,7 @@ def serve(
     max_groups: Annotated[int | None, typer.Option(help="Decode groups a step before merging.")] = None,
     private: Annotated[str | None, typer.Option(help="default-off, default-on or force.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Such as 1GiB or 512MB.")] = None,
+    swap_memory: Annotated[str | None, typer.Option(help="For requests that make room for urgent ones. [1GiB]")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Sequences running at once. [256]")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Sequences queued before 429. [1024]")] = None,
     prefill_tokens: Annotated[int | None, typer.Option(help="Prompt tokens a step. [512]")] = None,

@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     max_groups: int | None = Field(None, ge=1, description="decode groups a step before merging; default: measured")
     private: Literal["default-off", "default-on", "force"] = "default-off"
     kv_cache_memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**30, ge=1)
+    swap_memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(
+        2**30, ge=0, description="host memory for requests that make room for more urgent ones; 0: nobody does"
+    )
     max_concurrent: int = Field(256, ge=1, description="sequences running at once")
     max_waiting: int = Field(1024, ge=1, description="sequences queued before new requests get 429")
     prefill_tokens: int = Field(512, ge=1, description="prompt tokens computed a step beside decoding")

@@ -144,7 +144,8 @@ def load(settings: Settings) -> Loaded:
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
     max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)
-    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens)
+    swap_blocks = settings.swap_memory // bytes_per_block(config, BLOCK_SIZE, dtype)
+    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)
     engine = Engine(runner, policy, limits, tokenizer, blocks=blocks)
     info = EngineInfo(
         model_type=config.model_type,

@@ -157,6 +157,8 @@ class Preprocessor:
         if not private:
             if body.private_temperature is not None:
                 raise _refused("private_temperature", "is only for private requests")
+            if body.cache_salt is not None:
+                raise _refused("cache_salt", "is only for private requests: nothing of others is kept")
             return None
         default = self._info.default_privacy
         if body.private_temperature is None:
@@ -174,6 +176,7 @@ class Preprocessor:
             sampling=sampling,
             n=body.n,
             privacy=self._privacy(body),
+            cache_salt=body.cache_salt,
             priority=body.priority,
         )
 

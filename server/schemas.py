@@ -170,6 +170,7 @@ class GenerationRequest(StrictModel):
     ignore_eos: bool = False
     private: bool | None = None  # None: what the server's settings say
     private_temperature: float | None = Field(None, ge=0)
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # private prefixes: who shares them
     priority: int = Field(0, ge=-(2**31), lt=2**31)
     return_token_ids: bool = False
     user: str | None = None  # OpenAI: a name for the end user; it changes nothing and is kept nowhere
@@ -186,7 +187,7 @@ class GenerationRequest(StrictModel):
 
 
 class CompletionRequest(GenerationRequest):
-    unsupported = {"suffix": (), "cache_salt": ()}
+    unsupported = {"suffix": ()}
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(parse_prompts)]
     echo: bool = False
@@ -211,7 +212,6 @@ class ChatMessage(StrictModel):
 class ChatRequest(GenerationRequest):
     unsupported = {
         "audio": (),
-        "cache_salt": (),
         "function_call": ("none",),
         "functions": ([],),
         "metadata": ({},),

@@ -25,6 +25,10 @@ class BlockManager:
     def used(self) -> int:
         return len(self._held)
 
+    @property
+    def free_count(self) -> int:
+        return len(self._free)
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 

@@ -52,11 +52,12 @@ class ModelRunner:
         self.cache = PagedKVCache(
             model.config, blocks=blocks, block_size=block_size, dtype=model.dtype, device=model.device
         )
+        self._swapped: dict[int, Tensor] = {}  # by arrival: keys and values of sequences that had to make room
 
     @torch.inference_mode()
     def forward(self, plan: Plan, groups: tuple[Group, ...]) -> StepLogits:
         """Compute the plan's rows, write their keys and values, add to their sequences' mixing tallies."""
-        self.cache.zero(list(plan.zero_blocks))
+        self._prepare_blocks(plan)
         if self.kernels is not None:
             found = self._single_pass(plan, groups, self.kernels)
         else:
@@ -65,6 +66,15 @@ class ModelRunner:
         sampling = torch.stack(last) if last else torch.empty(0, self.config.vocab_size)
         scored = tuple((chunk, found[chunk]) for chunk in plan.chunks if chunk.scores_prompt)
         return StepLogits(sampling, scored)
+
+    def _prepare_blocks(self, plan: Plan) -> None:
+        for swap in plan.swap_out:
+            self._swapped[swap.arrival] = self.cache.copy_out(list(swap.blocks))
+        self.cache.zero(list(plan.zero_blocks))
+        for swap in plan.swap_in:
+            self.cache.copy_in(list(swap.blocks), self._swapped.pop(swap.arrival))
+        for arrival in plan.swap_drop:
+            self._swapped.pop(arrival, None)
 
     # All rows at once, by the kernels
 

@@ -36,12 +36,24 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Swap:
+    """A sequence, by its number of arrival, and the blocks that hold its computed tokens."""
+
+    arrival: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """``public`` chunks in order of admission; their tokens, concatenated, are the rows that groups speak of."""
 
     public: tuple[Chunk, ...] = ()
     private: tuple[Chunk, ...] = ()
-    zero_blocks: tuple[int, ...] = ()  # freed by private sequences; to be zeroed before the step
+    # Before the step, in this order:
+    swap_out: tuple[Swap, ...] = ()  # copied to host memory
+    zero_blocks: tuple[int, ...] = ()  # freed by private sequences, forgotten
+    swap_in: tuple[Swap, ...] = ()  # copied back
+    swap_drop: tuple[int, ...] = ()  # sequences whose copies are not needed any more
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -66,6 +66,7 @@ class EngineRequest:
     n: int = 1
     privacy: Privacy | None = None  # None: public
     tenant: str = ""
+    cache_salt: str | None = None  # private prompt beginnings are shared among equal salts only
     priority: int = 0  # lower runs first, as in vLLM
 
 
@@ -121,24 +122,34 @@ class StepStats:
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
+    SWAPPED = "swapped"  # its keys and values are in host memory
     FINISHED = "finished"
+
+
+class MixingPart(NamedTuple):
+    """Sums over some of a sequence's tokens."""
+
+    tokens: int
+    live: float
+    reference: float
+    entropy: float
 
 
 @dataclass
 class MixingTally:
-    """Running sums behind a receipt."""
+    """What stands behind a receipt, part by part: sums of the same parts in the same order are the same bits."""
 
-    tokens: int = 0
-    live: float = 0.0
-    reference: float = 0.0
-    entropy: float = 0.0
+    parts: list[MixingPart] = field(default_factory=list)
 
     def add(self, tokens: int, live: float, reference: float, entropy: float) -> None:
         """Sums over ``tokens`` rows."""
-        self.tokens += tokens
-        self.live += live
-        self.reference += reference
-        self.entropy += entropy
+        self.parts.append(MixingPart(tokens, live, reference, entropy))
+
+    def total(self) -> MixingPart:
+        if not self.parts:
+            return MixingPart(0, 0.0, 0.0, 0.0)
+        tokens, live, reference, entropy = (sum(column) for column in zip(*self.parts, strict=True))
+        return MixingPart(int(tokens), live, reference, entropy)
 
 
 class Sequence:
@@ -152,6 +163,8 @@ class Sequence:
         self.token_ids: list[int] = list(self.prompt)
         self.computed = 0  # tokens whose keys and values are in the cache
         self.block_table: list[int] = []
+        self.prefix_keys: list[bytes] = []  # of the prompt's whole units, where they may be shared
+        self.shared: list[bytes] = []  # those of them whose blocks are the prefix cache's
         self.status = Status.WAITING
         self.tally = MixingTally()
         self.prompt_logprobs: list[TokenLogprob | None] = [None]

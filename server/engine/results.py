@@ -101,7 +101,7 @@ class Results:
         )
 
     def _receipt(self, sequence: Sequence) -> Receipt:
-        tally, privacy = sequence.tally, sequence.request.privacy
+        tally, privacy = sequence.tally.total(), sequence.request.privacy
         mean = 1 / tally.tokens if tally.tokens else 0.0  # a dense model tallies nothing
         return Receipt(
             private=privacy is not None,

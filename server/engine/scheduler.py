@@ -3,6 +3,10 @@
 Every running sequence decodes one token a step; beside that, prompts are computed in chunks. Chunks of public prompts
 that stand at the same position advance together, so that they can mix. Chunks of private prompts begin at multiples
 of a fixed size whatever else happens, so that their shapes depend on the request alone.
+
+A request of higher priority that finds no room makes some: later ones of lower priority are swapped out, keys and
+values and all, and go on where they were when there is room again. Nothing is computed twice: what a public sequence
+computed with its companions could not be had again.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from server.engine.block_manager import BlockManager
-from server.engine.plan import Chunk, Plan
-from server.engine.request import EngineRequest, RequestError, Sequence, Status
+from server.engine.plan import Chunk, Plan, Swap
+from server.engine.prefix_cache import PrefixCache
+from server.engine.request import EngineRequest, MixingPart, RequestError, Sequence, Status
 
 PRIVATE_CHUNK = 64  # tokens of a private prompt computed at once
 
@@ -21,11 +26,12 @@ PRIVATE_CHUNK = 64  # tokens of a private prompt computed at once
 class SchedulerLimits:
     max_running: int  # sequences
     prefill_tokens: int  # prompt tokens a step
+    swap_blocks: int = 0  # blocks that host memory may hold; 0: nobody has to make room
 
 
 @dataclass
 class _Waiting:
-    """Requests queue as wholes: their sequences are admitted together."""
+    """Requests queue as wholes: their sequences are admitted together, those that were swapped out too."""
 
     request: EngineRequest
     arrival: int
@@ -37,9 +43,15 @@ class Scheduler:
 
     def __init__(self, blocks: BlockManager, limits: SchedulerLimits) -> None:
         self.blocks, self.limits = blocks, limits
+        self.prefixes = PrefixCache(blocks, PRIVATE_CHUNK)
         self._waiting: list[_Waiting] = []
         self._running: list[Sequence] = []
         self._arrivals = 0
+        self._swap_out: list[Swap] = []
+        self._swap_in: list[Swap] = []
+        self._swap_drop: list[int] = []
+        self._swapped_blocks = 0
+        self._zero: list[int] = []
 
     @property
     def running(self) -> int:
@@ -81,7 +93,7 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step. Empty when nothing runs."""
-        zero = self.blocks.take_dirty()
+        self._zero.extend(self.blocks.take_dirty())
         self._admit()
         decoding = [Chunk(s, s.computed, 1) for s in self._running if not s.prefilling]
         public = [chunk for chunk in decoding if not chunk.sequence.private]
@@ -98,34 +110,143 @@ class Scheduler:
             private_chunks = list(_private_chunks(prompts, budget))
         public += public_chunks
         public.sort(key=lambda chunk: chunk.sequence.arrival)
-        return Plan(tuple(public), tuple(private + private_chunks), zero)
+        plan = Plan(
+            tuple(public), tuple(private + private_chunks), swap_out=tuple(self._swap_out),
+            zero_blocks=tuple(self._zero), swap_in=tuple(self._swap_in), swap_drop=tuple(self._swap_drop),
+        )  # fmt: skip
+        for done in (self._swap_out, self._zero, self._swap_in, self._swap_drop):
+            done.clear()
+        return plan
 
     def _admit(self) -> None:
         """In order of priority and arrival, as long as places and blocks last; nothing overtakes."""
         while self._waiting:
             entry = self._waiting[0]
-            if len(self._running) + len(entry.sequences) > self.limits.max_running:
-                return
-            if not self.blocks.can_allocate(self._blocks_needed(entry.request) * self.blocks.block_size):
+            if not self._find_room(entry) and not (self._make_room(entry) and self._find_room(entry)):
                 return
             self._waiting.pop(0)
             for sequence in entry.sequences:
-                sequence.block_table = self.blocks.allocate(sequence.longest)
-                sequence.status = Status.RUNNING
-                self._running.append(sequence)
+                self._start(sequence)
+
+    def _find_room(self, entry: _Waiting) -> bool:
+        """Whether the request fits now; then its share of the prefix cache is taken and blocks are free."""
+        if len(self._running) + len(entry.sequences) > self.limits.max_running:
+            return False
+        for sequence in entry.sequences:
+            if sequence.status is Status.WAITING:
+                sequence.prefix_keys = self.prefixes.keys(sequence.request, sequence.prompt)
+                sequence.shared = self.prefixes.take(sequence.prefix_keys)
+        needed = sum(self._own_blocks(sequence) for sequence in entry.sequences)
+        if needed > self.blocks.free_count + self.prefixes.idle_blocks:
+            for sequence in entry.sequences:
+                self._unshare(sequence)
+            return False
+        if needed > self.blocks.free_count:
+            self.prefixes.reclaim(needed - self.blocks.free_count)
+            self._zero.extend(self.blocks.take_dirty())
+        return True
+
+    def _own_blocks(self, sequence: Sequence) -> int:
+        return self.blocks.blocks_for(sequence.longest - len(sequence.shared) * self.prefixes.unit)
+
+    def _start(self, sequence: Sequence) -> None:
+        own = self.blocks.allocate(self._own_blocks(sequence) * self.blocks.block_size)
+        sequence.block_table = self.prefixes.blocks_of(sequence.shared) + own
+        if sequence.status is Status.SWAPPED:
+            held = self.blocks.blocks_for(sequence.computed)
+            self._swap_in.append(Swap(sequence.arrival, tuple(sequence.block_table[:held])))
+            self._swapped_blocks -= held
+        elif sequence.shared:
+            sequence.computed = len(sequence.shared) * self.prefixes.unit
+            sequence.tally.parts.extend(self.prefixes.parts_of(sequence.shared))
+        sequence.status = Status.RUNNING
+        self._running.append(sequence)
+
+    def _make_room(self, entry: _Waiting) -> bool:
+        """Swap out later requests of lower priority, the least urgent and newest first, if that is enough."""
+        needed = sum(self.blocks.blocks_for(sequence.longest) for sequence in entry.sequences)
+        free, places = self.blocks.free_count + self.prefixes.idle_blocks, self.limits.max_running - self.running
+        victims: list[Sequence] = []
+        copied = self._swapped_blocks
+        for request in self._less_urgent(entry.request.priority):
+            if needed <= free and len(entry.sequences) <= places:
+                break
+            chosen = [sequence for sequence in self._running if sequence.request is request]
+            copied += sum(self.blocks.blocks_for(sequence.computed) for sequence in chosen)
+            if copied > self.limits.swap_blocks:
+                return False
+            victims += chosen
+            # Blocks that the prefix cache owns do not come free by this.
+            free += sum(self._own_blocks(sequence) for sequence in chosen)
+            places += len(chosen)
+        if needed > free or len(entry.sequences) > places:
+            return False
+        self._swap_away(victims)
+        return True
+
+    def _less_urgent(self, priority: int) -> list[EngineRequest]:
+        newest: dict[int, tuple[tuple[int, int], EngineRequest]] = {}
+        for sequence in self._running:
+            request = sequence.request
+            if request.priority > priority:
+                newest[id(request)] = ((request.priority, sequence.arrival), request)
+        return [request for _, request in sorted(newest.values(), key=lambda found: found[0], reverse=True)]
+
+    def _swap_away(self, victims: list[Sequence]) -> None:
+        for sequence in victims:
+            held = self.blocks.blocks_for(sequence.computed)
+            self._swap_out.append(Swap(sequence.arrival, tuple(sequence.block_table[:held])))
+            self._swapped_blocks += held
+            self._give_back(sequence)
+            sequence.status = Status.SWAPPED
+            entries = [entry for entry in self._waiting if entry.request is sequence.request]
+            if entries:
+                entries[0].sequences.append(sequence)
+            else:
+                self._waiting.append(_Waiting(sequence.request, sequence.arrival, [sequence]))
+        self._waiting.sort(key=lambda entry: (entry.request.priority, entry.arrival))
+        self._zero.extend(self.blocks.take_dirty())
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """A running sequence's place and blocks."""
+        self._running.remove(sequence)
+        kept = set(self.prefixes.blocks_of(sequence.shared))
+        own = [block for block in sequence.block_table if block not in kept]
+        self.blocks.free(own, dirty=sequence.private)
+        sequence.block_table = []
+        self._unshare(sequence)
+
+    def _unshare(self, sequence: Sequence) -> None:
+        self.prefixes.release(sequence.shared)
+        sequence.shared = []
 
     def advance(self, plan: Plan) -> None:
         """The step's keys and values are computed."""
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.end
+            if chunk.sequence.prefix_keys and not chunk.decodes:
+                self._share(chunk)
+
+    def _share(self, chunk: Chunk) -> None:
+        """Hand a whole unit of a private prompt to the prefix cache."""
+        sequence, unit = chunk.sequence, self.prefixes.unit
+        number = chunk.start // unit
+        if chunk.length < unit or number >= len(sequence.prefix_keys) or len(sequence.shared) != number:
+            return
+        first, last = (self.blocks.blocks_for(place) for place in (chunk.start, chunk.end))
+        blocks = tuple(sequence.block_table[first:last])
+        part = sequence.tally.parts[-1] if sequence.tally.parts else MixingPart(0, 0.0, 0.0, 0.0)  # dense: none
+        if self.prefixes.offer(sequence.prefix_keys[number], blocks, part):
+            sequence.shared.append(sequence.prefix_keys[number])
 
     def finish(self, sequence: Sequence) -> None:
         """Free what a sequence holds, running or waiting. Idempotent."""
         if sequence.status is Status.RUNNING:
-            self._running.remove(sequence)
-            self.blocks.free(sequence.block_table, dirty=sequence.private)
-            sequence.block_table = []
-        elif sequence.status is Status.WAITING:
+            self._give_back(sequence)
+        elif sequence.status in (Status.WAITING, Status.SWAPPED):
+            if sequence.status is Status.SWAPPED:
+                self._swap_drop.append(sequence.arrival)
+                self._swapped_blocks -= self.blocks.blocks_for(sequence.computed)
             for entry in self._waiting:
                 if sequence in entry.sequences:
                     entry.sequences.remove(sequence)
@@ -135,8 +256,14 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Blocks and sequences agree. For tests."""
         self.blocks.check_integrity()
-        held = [block for sequence in self._running for block in sequence.block_table]
+        cached = self.prefixes.all_blocks()
+        shared = {id(s): set(self.prefixes.blocks_of(s.shared)) for s in self._running}
+        own = [block for s in self._running for block in s.block_table if block not in shared[id(s)]]
+        held = own + cached
         assert len(held) == len(set(held)) == self.blocks.used, "blocks held without a sequence, or by two"
+        assert self._swapped_blocks == sum(
+            self.blocks.blocks_for(s.computed) for e in self._waiting for s in e.sequences if s.status is Status.SWAPPED
+        )
         for sequence in self._running:
             assert sequence.computed <= len(sequence.token_ids) <= sequence.longest
 
