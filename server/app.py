@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from server.auth import KeyGuard, KeyStore
 from server.chat import ChatTemplate
 from server.config import Settings
 from server.engine.async_engine import AsyncEngine
@@ -23,7 +24,8 @@ def create_app(
     engine: AsyncEngine, settings: Settings, model_name: str, *, chat_template: ChatTemplate | None = None
 ) -> FastAPI:
     """The server around ``engine``, which starts and stops with it. Without a template, chats are joined by blank
-    lines."""
+    lines. Raises ValueError when there are API keys that cannot be read."""
+    store = KeyStore(settings.api_keys) if settings.api_keys is not None else None
     metrics = Metrics(engine, model_name)
 
     @asynccontextmanager
@@ -41,6 +43,8 @@ def create_app(
     app.include_router(Api(engine, settings, model_name, metrics, chat_template or ChatTemplate()).router())
     # The last one added is the outermost: it counts what the others refuse and catch.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    if store is not None:
+        app.add_middleware(KeyGuard, store=store)
     app.add_middleware(CatchAll)
     app.add_middleware(RequestMetrics, metrics=metrics)
     return app

@@ -83,6 +83,7 @@ def serve(
     position_window: Annotated[str | None, typer.Option(help="auto, or 1 for exact position, or more.")] = None,
     max_groups: Annotated[int | None, typer.Option(help="Decode groups a step before merging.")] = None,
     private: Annotated[str | None, typer.Option(help="default-off, default-on or force.")] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="TOML file of API keys; see `motserve key`.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Such as 1GiB or 512MB.")] = None,
     swap_memory: Annotated[str | None, typer.Option(help="For requests that make room for urgent ones. [1GiB]")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="Sequences running at once. [256]")] = None,
@@ -116,6 +117,28 @@ def _serve(settings: Settings) -> None:
         application, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False,
         timeout_graceful_shutdown=5,
     )  # fmt: skip
+
+
+@app.command()
+def key(
+    file: Annotated[Path, typer.Argument(help="The key file; made where there is none.")],
+    name: Annotated[str, typer.Argument(help="Whose key it is; shown nowhere but in the file.")],
+    tenant: Annotated[str | None, typer.Option(help="Public requests of one tenant may mix. [the name]")] = None,
+    private: Annotated[str | None, typer.Option(help="default-off, default-on or force. [the server's]")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Completions under way at once.")] = None,
+    requests_per_minute: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Make an API key: its hash goes into the file, the key itself to standard output, this once."""
+    from server.auth import KeyEntry, add_key, hash_of, new_key
+
+    with _told():
+        secret = new_key()
+        values = {
+            "name": name, "sha256": hash_of(secret.encode()), "tenant": tenant, "private": private,
+            "max_concurrent": max_concurrent, "requests_per_minute": requests_per_minute,
+        }  # fmt: skip
+        add_key(file, KeyEntry.model_validate(values))
+        print(secret)
 
 
 @app.command()

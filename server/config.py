@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     )
     max_groups: int | None = Field(None, ge=1, description="decode groups a step before merging; default: measured")
     private: Literal["default-off", "default-on", "force"] = "default-off"
+    api_keys: Path | None = Field(None, description="TOML file of API keys; without one, anybody is served")
     kv_cache_memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**30, ge=1)
     swap_memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(
         2**30, ge=0, description="host memory for requests that make room for more urgent ones; 0: nobody does"

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from server.auth import Place
 from server.engine.async_engine import AsyncEngine, EngineStopped
 from server.engine.request import Delta, RequestError
 from server.errors import error_body, internal_error, log_failure, stopped_error, timeout_error
@@ -37,6 +38,7 @@ class Delivery:
     deltas: AsyncIterator[Delta]
     answer: Answer
     timer: RequestTimer
+    place: Place
     timeout: float
 
     async def choices(self) -> AsyncIterator[list[Json]]:
@@ -51,7 +53,8 @@ class Delivery:
         raise EngineStopped  # the engine owes every sequence a finish reason
 
     def end(self) -> None:
-        """Nothing more is wanted. Harmless after the end."""
+        """Nothing more is wanted. Idempotent."""
+        self.place.leave()
         if not self.answer.finished:
             self.engine.abort(self.request_id)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from model.tokenizer import Tokenizer
+from server.auth import Caller
 from server.chat import ChatTemplate
 from server.config import Settings
 from server.engine.async_engine import EngineInfo
@@ -43,7 +44,7 @@ class Preprocessor:
         self._private = settings.private
         self._template = template
 
-    async def completion(self, body: CompletionRequest) -> Job:
+    async def completion(self, body: CompletionRequest, caller: Caller) -> Job:
         """A job for /v1/completions."""
         prompts = [await self._prompt_ids(prompt) for prompt in body.prompt]
         left = self._left(prompts)
@@ -51,14 +52,14 @@ class Preprocessor:
         prompt_logprobs = body.logprobs if body.echo else None
         sampling = self._sampling(body, max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
         return Job(
-            request=self._engine_request("cmpl", body, prompts, sampling),
+            request=self._engine_request("cmpl", body, caller, prompts, sampling),
             chat=False,
             logprobs=body.logprobs,
             token_ids=body.return_token_ids or self._tokenizer is None,
             echo_texts=tuple(map(self._text, body.prompt)) if body.echo else None,
         )
 
-    async def chat(self, body: ChatRequest) -> Job:
+    async def chat(self, body: ChatRequest, caller: Caller) -> Job:
         """A job for /v1/chat/completions."""
         if self._tokenizer is None:
             raise _refused("messages", "this checkpoint has no tokenizer; send token ids to /v1/completions")
@@ -72,7 +73,7 @@ class Preprocessor:
         except RequestError as error:
             raise rename_prompt(error) from None
         return Job(
-            request=self._engine_request("chatcmpl", body, [prompt], sampling),
+            request=self._engine_request("chatcmpl", body, caller, [prompt], sampling),
             chat=True,
             logprobs=logprobs,
             token_ids=body.return_token_ids,
@@ -149,11 +150,14 @@ class Preprocessor:
             stop_token_ids=tuple(body.stop_token_ids),
         )
 
-    def _privacy(self, body: GenerationRequest) -> Privacy | None:
-        """What this request's ``private`` comes to under the server's setting. None: public."""
+    def _privacy(self, body: GenerationRequest, caller: Caller) -> Privacy | None:
+        """What this request's ``private`` comes to under the server's setting and its key's. None: public."""
         if self._private == "force" and body.private is False:
             raise _refused("private", "this server serves private requests only")
-        private = body.private if body.private is not None else self._private != "default-off"
+        if caller.private == "force" and body.private is False:
+            raise _refused("private", "this API key is for private requests only")
+        rule = "force" if self._private == "force" else caller.private or self._private
+        private = body.private if body.private is not None else rule != "default-off"
         if not private:
             if body.private_temperature is not None:
                 raise _refused("private_temperature", "is only for private requests")
@@ -168,14 +172,20 @@ class Preprocessor:
         return Privacy(temperature=body.private_temperature, skip_below=default.skip_below)
 
     def _engine_request(
-        self, prefix: str, body: GenerationRequest, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams
+        self,
+        prefix: str,
+        body: GenerationRequest,
+        caller: Caller,
+        prompts: Sequence[tuple[int, ...]],
+        sampling: SamplingParams,
     ) -> EngineRequest:
         return EngineRequest(
             request_id=f"{prefix}-{uuid.uuid4().hex}",
             prompts=tuple(prompts),
             sampling=sampling,
             n=body.n,
-            privacy=self._privacy(body),
+            privacy=self._privacy(body, caller),
+            tenant=caller.tenant,
             cache_salt=body.cache_salt,
             priority=body.priority,
         )

@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from server.auth import caller_of
 from server.chat import ChatTemplate
 from server.config import Settings
 from server.delivery import Delivery, EventStream, plain_response
@@ -63,12 +64,12 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         body = await self._read(CompletionRequest, request)
-        job = await self._preprocessor.completion(body)
+        job = await self._preprocessor.completion(body, caller_of(request.scope))
         return await self._answer(job, request, stream=body.stream, include_usage=body.include_usage)
 
     async def chat_completions(self, request: Request) -> Response:
         body = await self._read(ChatRequest, request)
-        job = await self._preprocessor.chat(body)
+        job = await self._preprocessor.chat(body, caller_of(request.scope))
         return await self._answer(job, request, stream=body.stream, include_usage=body.include_usage)
 
     async def tokenize(self, request: Request) -> Response:
@@ -117,10 +118,14 @@ class Api:
         if not self._engine.ready:
             raise stopped_error()
         timer = self._metrics.timer()
+        place = caller_of(request.scope).enter(len(job.request.prompts) * job.request.n)
         try:
             deltas = self._engine.submit(job.request)
-        except RequestError as error:
-            raise (rename_prompt(error) if job.chat else error) from None
+        except Exception as error:
+            place.leave()
+            if job.chat and isinstance(error, RequestError):
+                raise rename_prompt(error) from None
+            raise
         delivery = Delivery(
             engine=self._engine,
             metrics=self._metrics,
@@ -128,6 +133,7 @@ class Api:
             deltas=deltas,
             answer=Answer(job, self._vocabulary, self._model_name, self._fingerprint),
             timer=timer,
+            place=place,
             timeout=self._timeout,
         )
         if stream:

@@ -86,7 +86,7 @@ class Scheduler:
         """Queue a request that ``check`` has passed; returns its sequences."""
         count = len(request.prompts) * request.n
         sequences = [Sequence(request, index, self._arrivals + index) for index in range(count)]
-        self._waiting.append(_Waiting(request, self._arrivals, sequences))
+        self._waiting.append(_Waiting(request, self._arrivals, list(sequences)))  # the caller keeps its own
         self._arrivals += count
         self._waiting.sort(key=lambda entry: (entry.request.priority, entry.arrival))
         return sequences

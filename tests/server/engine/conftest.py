@@ -28,8 +28,12 @@ def build(
     *,
     prefill_tokens: int = 128,
     kernels: Kernels | None = None,
+    blocks: int = 1500,
+    max_running: int = 64,
+    swap_blocks: int = 0,
 ) -> Engine:
     """Weights large enough that mixing, experts and attention all matter."""
+    limits = SchedulerLimits(max_running, prefill_tokens, swap_blocks)
     model = Transformer(config)
     model.initialize(0)
     with torch.no_grad():
@@ -38,18 +42,17 @@ def build(
                 parameter.mul_(6)
     model = model.to(dtype).eval().requires_grad_(False)
     if not config.is_mot:
-        return _engine(model, Fill("none", None), prefill_tokens, kernels)
+        return _engine(model, Fill("none", None), limits, kernels, blocks)
     generator = torch.Generator().manual_seed(1)
     shape = (config.n_layer, config.n_positions, config.group_size, config.n_embd)
     crowd = ReferenceCrowd(torch.randn(shape, generator=generator).to(dtype), model.banks, fingerprint="test")
     fill = Fill.build("reference", config, model.banks, crowd)
-    return _engine(model, fill, prefill_tokens, kernels)
+    return _engine(model, fill, limits, kernels, blocks)
 
 
-def _engine(model: Transformer, fill: Fill, prefill_tokens: int, kernels: Kernels | None) -> Engine:
-    runner = ModelRunner(model, fill, blocks=1500, block_size=16, kernels=kernels)
-    limits = SchedulerLimits(max_running=64, prefill_tokens=prefill_tokens)
-    return Engine(runner, GroupingPolicy(model.config.group_size), limits, None, blocks=1500)
+def _engine(model: Transformer, fill: Fill, limits: SchedulerLimits, kernels: Kernels | None, blocks: int) -> Engine:
+    runner = ModelRunner(model, fill, blocks=blocks, block_size=16, kernels=kernels)
+    return Engine(runner, GroupingPolicy(model.config.group_size), limits, None, blocks=blocks)
 
 
 def drive(engine: Engine, requests: list[EngineRequest], rng: random.Random | None = None) -> dict[str, list[Delta]]:
