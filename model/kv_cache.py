@@ -60,7 +60,9 @@ class PagedKVCache:
 
     def copy_in(self, blocks: list[int], content: Tensor) -> None:
         """Put back what ``copy_out`` gave, into any blocks."""
-        self._data[:, :, torch.tensor(blocks, dtype=torch.int64, device=self._data.device)] = content.to(self._data.device)
+        self._data[:, :, torch.tensor(blocks, dtype=torch.int64, device=self._data.device)] = content.to(
+            self._data.device
+        )
 
     def holds_only_zeros(self, block: int) -> bool:
         return not bool(self._data[:, :, block].any())

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.engine.request import RequestError
@@ -31,7 +31,17 @@ SCOPE_KEY = "motserve.caller"
 
 _log = logging.getLogger("motserve.auth")
 _BEARER = re.compile(rb"bearer +([^\s]{1,512})", re.IGNORECASE)
-_Name = Annotated[str, StringConstraints(min_length=1, max_length=128, strip_whitespace=True)]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("should be printable text")
+    return text
+
+
+_Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=128, strip_whitespace=True), AfterValidator(_printable)
+]
 
 
 class KeyEntry(BaseModel):
@@ -138,7 +148,10 @@ def add_key(path: Path, entry: KeyEntry) -> None:
     ValueError."""
     if path.exists() and any(entry.name == other.name for other in read_keys(path)):
         raise ValueError(f"api_keys: {path} has a key of that name already")
-    lines = [f"{name} = {json.dumps(value)}" for name, value in entry.model_dump(exclude_none=True).items()]
+    lines = [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        for name, value in entry.model_dump(exclude_none=True).items()
+    ]
     with open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as file:
         file.write("\n".join(["[[keys]]", *lines, "", ""]))
 
