@@ -1,0 +1,19 @@
+"""The command line. Translates flags to settings and results to the terminal; nobody imports it.
+
+Long commands show progress on standard error; with ``--json`` they print one JSON object a result on standard output
+and nothing else there.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from server.cli import checks, models, serving
+
+app = typer.Typer(name="motserve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for part in (serving, models, checks):
+    app.add_typer(part.app)
+
+
+def main() -> None:
+    app()

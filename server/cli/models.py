@@ -1,0 +1,133 @@
+"""Commands that make and judge checkpoints: train, calibrate, eval."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.cli.terminal import JsonOption, ModelOption, print_result, progress, told
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="The run's folder; an unfinished run there is resumed.")],
+    data: Annotated[list[Path], typer.Option("--data", help="Text file, plain or .xz; may be repeated.")],
+    preset: Annotated[
+        str, typer.Option(help="demo: the bundled checkpoint's recipe; tiny: seconds, for a try.")
+    ] = "demo",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows a step; a multiple of the group size.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    final_temperature: Annotated[float | None, typer.Option(help="Annealed to in the last part.")] = None,
+    joint_copies: Annotated[
+        int | None, typer.Option(help="Sequences of a step that are also trained to decode unmixed (T = 0).")
+    ] = None,
+    joint_weight: Annotated[float | None, typer.Option(help="Weight of their loss.")] = None,
+    joint_distill: Annotated[
+        float | None, typer.Option(help="Share of the mixed mode's prediction in their target.")
+    ] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of rising learning rate.")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Begin with this checkpoint, not a preset's model.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between states.")] = None,
+    autocast: Annotated[bool | None, typer.Option(help="bfloat16 autocast, for machines that compute in it.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="torch.compile; needs a C++ compiler.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model from text files."""
+    changes = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("out", "data", "preset", "start_from", "as_json") and value is not None
+    }
+    from model.train import Trainer, preset_named
+
+    with told(), progress("training") as (bar, task):
+        config, settings = preset_named(preset, changes)
+        out.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer.prepare(config, settings, data, out, start=start_from)
+        if trainer.resume():
+            print(f"resumed at step {trainer.step}", file=sys.stderr)
+        for step in trainer.run():
+            note = f"loss {step.loss:.3f}  T {step.temperature:.3f}  {step.tokens_per_second:.0f} tokens/s"
+            bar.update(task, completed=step.step / step.steps, note=note)
+            if as_json:
+                print(json.dumps(step.as_dict()), flush=True)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder, which gets the crowd and the pair.")],
+    data: Annotated[Path, typer.Option(help="Text that anyone may see: the crowd comes from it.")],
+    validation: Annotated[Path, typer.Option(help="Held-out text on which the default pair is chosen.")],
+    windows: Annotated[int, typer.Option(min=1, help="Windows of validation text to judge on.")] = 96,
+    seed: int = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Record the reference crowd and pick the default private temperature and skip threshold."""
+    from model import calibrate as calibration
+    from model.evaluate import open_for_scoring
+
+    with told(), progress("calibrating") as (bar, task):
+        opened = open_for_scoring(model, validation, windows=windows)
+        crowd = calibration.record_crowd(opened.model, opened.encode(data), model, seed=seed)
+        evaluator = opened.evaluator(crowd)
+        mixed = evaluator.run("mixed", temperature=0, skip_below=0)
+        tried = []
+        for number, candidate in enumerate(calibration.candidates(evaluator, mixed), 1):
+            tried.append(candidate)
+            bar.update(task, completed=min(0.99, number / 10), note=f"ratio {candidate.ratio:.4f}")
+            print_result({"mode": "private", **vars(candidate)}, as_json=as_json)
+        chosen = calibration.choose(tried)
+        calibration.save_pair(chosen, model)
+        print_result({"chosen": True, **vars(chosen), "fingerprint": crowd.fingerprint}, as_json=as_json)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Text file, plain or .xz.")],
+    model: ModelOption = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="mixed, private, private_unmixed, zeros or alone; all.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="At most so many windows; default: all of the text.")
+    ] = None,
+    private_temperature: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    private_skip_below: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity and bits per byte of a checkpoint in each way that the server can run it."""
+    from model import reference
+    from model.evaluate import MODES, open_for_scoring
+    from server.loading import DEMO, load_privacy
+
+    with told(), progress("evaluating") as (bar, task):
+        unknown = [name for name in mode or () if name not in MODES]
+        if unknown:
+            raise ValueError(f"mode: {unknown[0]!r} is not one of {', '.join(MODES)}")
+        folder = model or DEMO
+        opened = open_for_scoring(folder, data, windows=windows)
+        default = load_privacy(folder, opened.model.config)
+        temperature = default.temperature if private_temperature is None else private_temperature
+        skip_below = default.skip_below if private_skip_below is None else private_skip_below
+        if not 0 <= temperature <= opened.model.config.temperature:
+            raise ValueError(f"private_temperature must lie between 0 and {opened.model.config.temperature}")
+        crowd = reference.load(folder, opened.model) if opened.model.config.is_mot else None
+        evaluator = opened.evaluator(crowd)
+        for name in MODES:
+            if mode and name not in mode:
+                continue
+            bar.update(task, description=name, completed=0)
+            found = evaluator.run(
+                name, temperature=temperature, skip_below=skip_below,
+                progress=lambda done: bar.update(task, completed=done),
+            )  # fmt: skip
+            print_result(found.as_dict(), as_json=as_json)
