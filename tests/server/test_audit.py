@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -134,6 +135,6 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_has_nothing_to_audit(tmp_path: Path) -> None:
-    save_model(make(DENSE), tmp_path)
+    save_model(make(DENSE), tmp_path, dtype=torch.float32)
     with pytest.raises(ValueError, match="never mix"):
         open_engine(Settings(model=tmp_path), "shared")
