@@ -9,9 +9,11 @@
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 
-RUN python3 -m venv --help > /dev/null 2>&1 && python3 -m ensurepip --version > /dev/null 2>&1 \
-    || (apt-get update && apt-get install -y --no-install-recommends python3 python3-venv \
-        && rm -rf /var/lib/apt/lists/*)
+# The compiler builds the kernels at the first start, for the processor that the container finds itself on.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ \
+    && (python3 -m venv --help > /dev/null 2>&1 && python3 -m ensurepip --version > /dev/null 2>&1 \
+        || apt-get install -y --no-install-recommends python3 python3-venv) \
+    && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/motserve
 ENV PATH=/opt/motserve/bin:$PATH
 

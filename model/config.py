@@ -24,6 +24,9 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
+_GPT2_END_OF_TEXT = 50256
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -109,6 +112,11 @@ class ModelConfig:
                 raise ValueError(f"{name} = {values[name]!r} is not supported (only {supported!r})")
         known = {field.name for field in dataclasses.fields(cls)}
         chosen = {name: value for name, value in values.items() if name in known and value is not None}
+        for name in ("bos_token_id", "eos_token_id"):
+            value = chosen.get(name)
+            # Hugging Face writes GPT-2's 50256 into configurations of smaller vocabularies too.
+            if value == _GPT2_END_OF_TEXT and _is_whole(value) and value >= chosen.get("vocab_size", cls.vocab_size):
+                del chosen[name]
         if "model_type" not in chosen:
             raise ValueError("model_type is missing ('mot' or 'gpt2')")
         return cls(**chosen)

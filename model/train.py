@@ -281,7 +281,9 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, saving the state as it goes; ends with ``export``. Raises TrainingError when the loss is
         no longer a number."""
-        with (self.folder / "log.jsonl").open("a") as log:
+        path = self.folder / "log.jsonl"
+        _cut_log(path, self.step)
+        with path.open("a") as log:
             while self.step < self.settings.steps:
                 progress = self.train_step()
                 if not math.isfinite(progress.loss):
@@ -303,7 +305,10 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         partial = self.folder / "state.pt.partial"
-        torch.save(state, partial)
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, self.folder / "state.pt")
 
     def resume(self) -> bool:
@@ -335,3 +340,17 @@ class Trainer:
         self.model.config = final
         save_model(self.model, self.folder, dtype=dtype)
         self.model.config = self.config
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drop what was logged after ``step``, or half a line, before a run that ended early is taken up again there."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)

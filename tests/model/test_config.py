@@ -92,8 +92,21 @@ def test_a_temperature_is_a_number_of_at_least_0(value: Any) -> None:
         ModelConfig.from_dict({"model_type": "mot", "temperature": value})
 
 
+def test_hugging_faces_default_end_of_text_is_none_in_a_smaller_vocabulary() -> None:
+    values = {"model_type": "mot", "bos_token_id": 50256, "eos_token_id": 50256}
+    assert ModelConfig.from_dict({**values, "vocab_size": 97}).eos_token_id is None
+    assert ModelConfig.from_dict(values).eos_token_id == 50256
+
+
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id"])
-@given(value=st.one_of(st.integers(max_value=-1), st.integers(min_value=10), st.just(True), st.just([1])))
+@given(
+    value=st.one_of(
+        st.integers(max_value=-1),
+        st.integers(10, 50255),
+        st.just(True),
+        st.just([1]),
+    )
+)
 def test_a_token_id_is_in_the_vocabulary(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=name):
         ModelConfig.from_dict({"model_type": "mot", "vocab_size": 10, name: value})

@@ -1,0 +1,111 @@
+"""The command line: results on standard output, everything else on standard error, one line for a mistake."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from model.checkpoint import load_model
+from server.auth import hash_of, read_keys
+from server.cli import app, serving
+from server.config import Settings
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "mot-tiny"
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint made by the commands themselves: trained, then calibrated."""
+    folder = tmp_path_factory.mktemp("run")
+    text = folder / "text.txt"
+    text.write_text(
+        "\n\n".join(f"The {n} boats went out at {n * 7 % 11} and came home in the rain." for n in range(900))
+    )
+    found = invoke("train", folder / "out", "--data", text, "--preset", "tiny", "--steps", 4, "--json")
+    assert found.exit_code == 0, found.output
+    steps = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    found = invoke("calibrate", folder / "out", "--data", text, "--validation", text, "--windows", 8, "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout.splitlines()[-1])["chosen"] is True
+    return folder
+
+
+def test_eval_prints_an_object_a_mode(trained: Path) -> None:
+    arguments = ("eval", "--model", trained / "out", "--data", trained / "text.txt", "--windows", 8)
+    found = invoke(*arguments, "--json")
+    results = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [result["mode"] for result in results] == ["mixed", "private", "private_unmixed", "zeros", "alone"]
+    assert {"perplexity", "bits_per_byte", "tokens", "temperature"} <= set(results[0])
+    plain = invoke(
+        "eval", "--model", trained / "out", "--data", trained / "text.txt", "--windows", 8, "--mode", "mixed"
+    )
+    assert plain.stdout.startswith("mode mixed  perplexity ")
+
+
+def test_generate_is_the_same_with_a_seed(trained: Path) -> None:
+    arguments = ("generate", "The boats", "--model", trained / "out", "--max-tokens", 8, "--seed", 3, "--private")
+    first, second = invoke(*arguments), invoke(*arguments)
+    assert first.exit_code == 0 and first.stdout.startswith("The boats")
+    assert first.stdout == second.stdout
+
+
+def test_training_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> None:
+    found = invoke(
+        "train", tmp_path / "more", "--data", trained / "text.txt", "--preset", "tiny", "--steps", 2,
+        "--start-from", trained / "out", "--final-temperature", 0.05, "--joint-copies", 2, "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert load_model(tmp_path / "more").config.temperature == pytest.approx(0.05)
+
+
+def test_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    found = invoke("key", file, "alice", "--tenant", "acme", "--private", "force", "--max-concurrent", 4)
+    secret = found.stdout.strip()
+    (entry,) = read_keys(file)
+    assert entry.sha256 == hash_of(secret.encode()) and secret not in file.read_text()
+    assert (entry.name, entry.tenant, entry.private, entry.max_concurrent) == ("alice", "acme", "force", 4)
+    assert invoke("key", file, "alice").exit_code == 2
+    assert invoke("key", file, "bob", "--private", "sometimes").exit_code == 2
+    assert len(read_keys(file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("serve", "--port", 70000), "port"),
+        (("serve", "--model", "/nowhere"), "/nowhere"),
+        (("serve", "--private", "maybe"), "private"),
+        (("serve", "--kv-cache-memory", "10"), "kv_cache_memory"),
+        (("serve", "--api-keys", "/nowhere/keys"), "api_keys"),
+        (("generate", "x", "--private-temperature", 0.1), "private_temperature"),
+        (("generate", "x", "--model", GOLDEN), "tokenizer"),
+        (("generate", "x", "--private", "--private-temperature", 2), "private_temperature"),
+        (("train", "/dev/null/run", "--data", "/nowhere.txt"), "/dev/null/run"),
+        (("train", "/dev/null/run", "--data", "/nowhere.txt", "--preset", "huge"), "preset"),
+        (("eval", "--data", "/nowhere.txt"), "nowhere"),
+        (("eval", "--data", "/nowhere.txt", "--mode", "sideways"), "sideways"),
+        (("calibrate", "/nowhere", "--data", "a", "--validation", "b"), "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_in_one_line(arguments: tuple[object, ...], named: str) -> None:
+    found = invoke(*arguments)
+    assert found.exit_code == 2
+    lines = [line for line in found.stderr.splitlines() if line.startswith("motserve: ")]
+    assert len(lines) == 1 and named in lines[0], found.output
+    assert "Traceback" not in found.output
+
+
+def test_every_setting_is_a_flag() -> None:
+    flags = set(inspect.signature(serving.serve).parameters) - {"config"}
+    assert flags == set(Settings.model_fields)
