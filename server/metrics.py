@@ -77,6 +77,10 @@ class Metrics:
         self._groups = Counter("motserve_public_groups", "Groups of public tokens computed", registry=registry)
         self._public_tokens = Counter("motserve_public_tokens", "Live members of public groups", registry=registry)
         self._private_tokens = Counter("motserve_private_tokens", "Tokens computed privately", registry=registry)
+        self._reused = Counter(
+            "motserve_prefix_tokens_reused", "Prompt tokens found in the prefix cache", registry=registry
+        )
+        self._swapped = Counter("motserve_sequences_swapped_out", "Sequences that made room", registry=registry)
         self._members = Histogram(
             "motserve_group_live_members",
             "Mean live members of a step's public groups",
@@ -118,6 +122,8 @@ class Metrics:
         self._groups.inc(step.public_groups)
         self._public_tokens.inc(step.public_tokens)
         self._private_tokens.inc(step.private_tokens)
+        self._reused.inc(step.reused_tokens)
+        self._swapped.inc(step.swapped_out)
         if step.public_groups:
             self._members.observe(step.public_tokens / step.public_groups)
 

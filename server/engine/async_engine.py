@@ -137,7 +137,7 @@ class AsyncEngine:
         scheduler = self._engine.scheduler
         total = sum(count for _, count in self._streams.values())
         running = min(scheduler.running, total)
-        return EngineStats(running, total - running, scheduler.blocks.total, scheduler.blocks.used)
+        return EngineStats(running, total - running, scheduler.blocks.total, scheduler.blocks_in_use)
 
     def observe(self, listener: Callable[[StepStats], None]) -> None:
         """Call ``listener`` after every step, from the engine thread."""

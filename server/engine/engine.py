@@ -120,4 +120,6 @@ def _stats(plan: Plan, groups: tuple[Group, ...], seconds: float) -> StepStats:
         public_groups=len(groups),
         public_tokens=sum(chunk.length for chunk in plan.public),
         private_tokens=sum(chunk.length for chunk in plan.private),
+        reused_tokens=plan.reused_tokens,
+        swapped_out=len(plan.swap_out),
     )

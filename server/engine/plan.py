@@ -54,6 +54,7 @@ class Plan:
     zero_blocks: tuple[int, ...] = ()  # freed by private sequences, forgotten
     swap_in: tuple[Swap, ...] = ()  # copied back
     swap_drop: tuple[int, ...] = ()  # sequences whose copies are not needed any more
+    reused_tokens: int = 0  # of prompts, found in the prefix cache
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:

@@ -117,6 +117,8 @@ class StepStats:
     public_groups: int = 0
     public_tokens: int = 0  # live members of those groups
     private_tokens: int = 0
+    reused_tokens: int = 0  # prompt tokens found in the prefix cache
+    swapped_out: int = 0  # sequences that made room
 
 
 class Status(enum.Enum):

@@ -52,6 +52,7 @@ class Scheduler:
         self._swap_drop: list[int] = []
         self._swapped_blocks = 0
         self._zero: list[int] = []
+        self._reused = 0
 
     @property
     def running(self) -> int:
@@ -64,6 +65,11 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self._running and not self._waiting
+
+    @property
+    def blocks_in_use(self) -> int:
+        """Without those that the prefix cache would give back."""
+        return self.blocks.used - self.prefixes.idle_blocks
 
     def check(self, request: EngineRequest) -> None:
         """Raises RequestError when the request could never be admitted. Safe to call from any thread."""
@@ -113,7 +119,9 @@ class Scheduler:
         plan = Plan(
             tuple(public), tuple(private + private_chunks), swap_out=tuple(self._swap_out),
             zero_blocks=tuple(self._zero), swap_in=tuple(self._swap_in), swap_drop=tuple(self._swap_drop),
+            reused_tokens=self._reused,
         )  # fmt: skip
+        self._reused = 0
         for done in (self._swap_out, self._zero, self._swap_in, self._swap_drop):
             done.clear()
         return plan
@@ -158,6 +166,7 @@ class Scheduler:
             self._swapped_blocks -= held
         elif sequence.shared:
             sequence.computed = len(sequence.shared) * self.prefixes.unit
+            self._reused += sequence.computed
             sequence.tally.parts.extend(self.prefixes.parts_of(sequence.shared))
         sequence.status = Status.RUNNING
         self._running.append(sequence)
