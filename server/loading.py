@@ -130,23 +130,10 @@ def load(settings: Settings) -> Loaded:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
-    model = load_model(folder, device=device, dtype=dtype)
+    model = load_model(folder, device=device, dtype=resolve_dtype(settings.dtype, device))
     config = model.config
-    blocks = settings.kv_cache_memory // bytes_per_block(config, BLOCK_SIZE, dtype)
-    if blocks < 2:
-        raise ValueError(f"kv_cache_memory: {settings.kv_cache_memory} bytes are less than two blocks of KV cache")
-    # More than every running sequence at full length could use would only cost memory.
-    blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     fill = build_fill(settings, folder, model)
-    tokenizer = load_tokenizer(folder, config)
-    kernels = resolve_kernels(settings.kernels, device)
-    runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
-    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
-    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)
-    swap_blocks = settings.swap_memory // bytes_per_block(config, BLOCK_SIZE, dtype)
-    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)
-    engine = Engine(runner, policy, limits, tokenizer, blocks=blocks)
+    engine = build_engine(settings, model, fill, load_tokenizer(folder, config))
     info = EngineInfo(
         model_type=config.model_type,
         vocab_size=config.vocab_size,
@@ -157,10 +144,29 @@ def load(settings: Settings) -> Loaded:
         group_fill=fill.kind,
         reference_fingerprint=fill.crowd.fingerprint if fill.crowd is not None else None,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(model.dtype).removeprefix("torch."),
         parameters=model.parameter_count,
         end_of_text=config.eos_token_id,
     )
-    _log.info("%s: %s, %s, %d decode groups before merging", folder.name, info.dtype, info.device, max_groups)
+    groups = engine.grouping.max_groups
+    _log.info("%s: %s, %s, %d decode groups before merging", folder.name, info.dtype, info.device, groups)
     name = settings.served_model_name or (folder.resolve().name if settings.model else "motserve-demo")
     return Loaded(AsyncEngine(engine, info, max_waiting=settings.max_waiting), name, folder)
+
+
+def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: Tokenizer | None) -> Engine:
+    """An engine around a model that is in memory. Raises ValueError naming the setting that does not fit."""
+    config = model.config
+    block_bytes = bytes_per_block(config, BLOCK_SIZE, model.dtype)
+    blocks = settings.kv_cache_memory // block_bytes
+    if blocks < 2:
+        raise ValueError(f"kv_cache_memory: {settings.kv_cache_memory} bytes are less than two blocks of KV cache")
+    # More than every running sequence at full length could use would only cost memory.
+    blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
+    kernels = resolve_kernels(settings.kernels, model.device)
+    runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
+    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
+    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)
+    swap_blocks = settings.swap_memory // block_bytes
+    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)
+    return Engine(runner, policy, limits, tokenizer, blocks=blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 from model.tokenizer import Tokenizer
 from server.engine.block_manager import BlockManager
@@ -92,14 +93,19 @@ class Engine:
 
     def step(self) -> list[tuple[str, Delta]]:
         """Compute one step; returns request ids with the news of their sequences."""
-        began = time.perf_counter()
+        times = [time.perf_counter()]
         plan = self.scheduler.schedule()
+        times.append(time.perf_counter())
         groups = self.grouping.plan(plan) if self.config.is_mot else ()
+        times.append(time.perf_counter())
         logits = self.runner.forward(plan, groups)
+        times.append(time.perf_counter())
         tokens = self.sampler.sample(logits.sampling, plan.sampling)
+        times.append(time.perf_counter())
         news = [(s.request.request_id, delta) for s, delta in self.results.update(plan, logits, tokens)]
         self._forget_finished(news)
-        self.last_step = _stats(plan, groups, time.perf_counter() - began)
+        times.append(time.perf_counter())
+        self.last_step = _stats(plan, groups, times)
         return news
 
     def _forget_finished(self, news: list[tuple[str, Delta]]) -> None:
@@ -112,9 +118,10 @@ class Engine:
                     del self._sequences[request_id]
 
 
-def _stats(plan: Plan, groups: tuple[Group, ...], seconds: float) -> StepStats:
+def _stats(plan: Plan, groups: tuple[Group, ...], times: list[float]) -> StepStats:
     return StepStats(
-        seconds=seconds,
+        seconds=times[-1] - times[0],
+        parts=tuple(end - begin for begin, end in pairwise(times)),
         prefill_tokens=sum(chunk.length for chunk in plan.chunks if not chunk.decodes),
         decode_tokens=sum(chunk.decodes for chunk in plan.chunks),
         public_groups=len(groups),

@@ -112,6 +112,7 @@ class StepStats:
     """One engine step, for metrics: aggregates only."""
 
     seconds: float = 0.0
+    parts: tuple[float, ...] = ()  # of those seconds: scheduling, grouping, model, sampling, results
     prefill_tokens: int = 0
     decode_tokens: int = 0
     public_groups: int = 0

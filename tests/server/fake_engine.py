@@ -90,7 +90,7 @@ class FakeEngine(AsyncEngine):
                 raise self.failure
             await asyncio.sleep(self.delay)
             for listener in self._listeners:
-                listener(StepStats(0.01, 0, count, 1, count, 0))
+                listener(StepStats(0.01, (), 0, count, 1, count, 0))
             for index, decoder in enumerate(decoders):
                 yield self._delta(request, index, place, decoder)
 
