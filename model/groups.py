@@ -72,22 +72,27 @@ class SharedGroups:
             self._empty[places] = False
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+        mixes, emit = self.mix(layer, bank, x)
+        if self._kernels is not None and self._kernels.prefers(mixes.shape[1], bank.lin1.dtype):
+            outputs = self._kernels.bank(mixes, bank.lin1, bank.lin2, bank.activation)
+        else:
+            outputs = bank.experts(mixes.to(bank.lin1.dtype))
+        return self.redistribute(outputs, emit, x)
+
+    def mix(self, layer: int, bank: ExpertBank, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the experts get ``[E, n, D]``, and the weights by which their answers count ``[n, G, E]``."""
         live = x[self._rows]
         members, scores = self._gather(layer, bank, live)
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
         merge, emit = mixing_weights(scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete)
         mixes = torch.bmm(merge.transpose(1, 2), members).transpose(0, 1)  # [E, n, D]
-        native = self._kernels is not None and self._kernels.prefers(mixes.shape[1], bank.lin1.dtype)
-        if native:
-            assert self._kernels is not None
-            outputs = self._kernels.bank(mixes, bank.lin1, bank.lin2, bank.activation)
-        else:
-            outputs = bank.experts(mixes.to(bank.lin1.dtype))
-        out = torch.bmm(
-            torch.nan_to_num(emit) if self._empty is not None else emit, outputs.transpose(0, 1).to(emit.dtype)
-        )
         self.entropy += mixing_entropy(merge.float())
+        return mixes, torch.nan_to_num(emit) if self._empty is not None else emit
+
+    def redistribute(self, outputs: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+        """The experts' answers ``[E, n, D]`` back to the rows of ``x``."""
+        out = torch.bmm(emit, outputs.transpose(0, 1).to(emit.dtype))
         result = torch.zeros_like(x)
         result.index_copy_(0, self._rows, out.view(-1, x.shape[1])[self._places].to(x.dtype))
         return result
@@ -147,23 +152,26 @@ class PrivateRows:
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         if self._kernels is not None:
-            return self._native(self._kernels, layer, bank, x)
+            return self.beside(layer, bank, x, x.new_empty(bank.lin1.shape[0], 0, x.shape[1]))[0]
         own = tile_matmul(x, bank.controller).float()  # [n, E]
         mixes, emit = self._weights(layer, bank, x, own)
         used = (emit >= self._skip_below[:, None]) & (emit > 0) & self._live[:, None]
         self.experts_used += used.sum(1)
         return _sparse_experts(bank, mixes, emit, used)
 
-    def _native(self, kernels: Kernels, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+    def beside(self, layer: int, bank: ExpertBank, x: Tensor, mixes: Tensor) -> tuple[Tensor, Tensor]:
+        """With kernels: this layer for ``x``, and shared groups' ``mixes [E, n, D]`` through the same experts while
+        their weights are at hand."""
         crowd = self._fill.crowd
-        out = kernels.private_layer(
+        assert self._kernels is not None, "the plain path runs private rows apart"
+        out, outputs = self._kernels.private_layer(
             x, bank.controller, bank.lin1, bank.lin2,
             None if crowd is None else (crowd.places[layer], crowd.scores[layer]),
             positions=self._positions, temperatures=self._temperatures, skip_below=self._skip_below, live=self._live,
             entropy=self.entropy, used=self.experts_used,
-            activation=bank.activation, over_experts=bank.over_experts, discrete=bank.discrete,
+            activation=bank.activation, over_experts=bank.over_experts, discrete=bank.discrete, mixes=mixes,
         )  # fmt: skip
-        return out.to(x.dtype)
+        return out.to(x.dtype), outputs
 
     def _weights(self, layer: int, bank: ExpertBank, x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """The mix that each expert would see ``[n, E, D]`` and the weight with which its answer counts ``[n, E]``."""

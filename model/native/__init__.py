@@ -60,6 +60,9 @@ class _PrivateLayer(ctypes.Structure):
                 "out", "entropy", "used",
             )
         ),
+        ("groups", ctypes.c_int64),
+        ("mixes", ctypes.c_void_p),
+        ("outputs", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -122,11 +125,14 @@ class Kernels:
     def private_layer(
         self, x: Tensor, controller: Tensor, lin1: Tensor, lin2: Tensor, crowd: tuple[Tensor, Tensor] | None,
         *, positions: Tensor, temperatures: Tensor, skip_below: Tensor, live: Tensor, entropy: Tensor, used: Tensor,
-        activation: Activation, over_experts: bool, discrete: bool,
-    ) -> Tensor:  # fmt: skip
+        activation: Activation, over_experts: bool, discrete: bool, mixes: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One MoT layer for private rows ``x [n, D]``: see ``groups.PrivateRows``, which is its plain twin. ``crowd``:
-        one layer's ``[P, G, D]`` and scores ``[P, E, G]``. Adds to ``entropy`` and ``used [n]``; float32 ``[n, D]``."""
+        one layer's ``[P, G, D]`` and scores ``[P, E, G]``. Adds to ``entropy`` and ``used [n]``; float32 ``[n, D]``.
+        Beside them ``bank`` for ``mixes [E, groups, D]``, groups may be 0, while the weights are at hand."""
         x = x.float().contiguous()
+        mixes = mixes.float().contiguous()
+        outputs = torch.empty_like(mixes)
         own = self.linear(x, controller, None, by_output=False)
         out = torch.empty_like(x)
         members, scores = crowd if crowd is not None else (own, own)
@@ -140,9 +146,10 @@ class Kernels:
             positions=positions.data_ptr(), temperatures=temperatures.data_ptr(), skip_below=skip_below.data_ptr(),
             live=live.data_ptr(), lin1=lin1.data_ptr(), lin2=lin2.data_ptr(), out=out.data_ptr(),
             entropy=entropy.data_ptr(), used=used.data_ptr(),
+            groups=mixes.shape[1], mixes=mixes.data_ptr(), outputs=outputs.data_ptr(),
         )  # fmt: skip
         self._private(ctypes.byref(layer))
-        return out
+        return out, outputs
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
         """``queries [n, H, hd]``, each over the first ``lengths [n]`` places of its ``tables [n, b]``, in ``keys`` and

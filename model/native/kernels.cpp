@@ -16,10 +16,17 @@ struct bf16 {
     uint16_t bits;
 };
 
-typedef float vec __attribute__((vector_size(32)));
-typedef uint16_t half_bits __attribute__((vector_size(16)));
-typedef uint32_t full_bits __attribute__((vector_size(32)));
-constexpr long LANES = 8;
+#ifndef MOTSERVE_LANES
+#ifdef __AVX512F__
+#define MOTSERVE_LANES 16
+#else
+#define MOTSERVE_LANES 8
+#endif
+#endif
+constexpr long LANES = MOTSERVE_LANES;
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t half_bits __attribute__((vector_size(LANES * 2)));
+typedef uint32_t full_bits __attribute__((vector_size(LANES * 4)));
 constexpr long SERIAL = 1 << 15;  // multiplications below which threads cost more than they bring
 
 inline vec load(const float* p) {
@@ -48,9 +55,15 @@ inline float value(const bf16* p) {
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
-inline vec broadcast(float x) { return vec{x, x, x, x, x, x, x, x}; }
+inline vec broadcast(float x) { return x - vec{}; }  // minus zero would turn -0 to +0 the other way round
 
-inline float sum(vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+inline float sum(vec v) {
+    float parts[LANES];
+    std::memcpy(parts, &v, sizeof v);
+    for (long half = LANES / 2; half > 0; half /= 2)
+        for (long i = 0; i < half; ++i) parts[i] += parts[i + half];
+    return parts[0];
+}
 
 // Products with weights [K, N]: one accumulator an output, over k in ascending order.
 
@@ -92,7 +105,10 @@ void column_range(const float* const* a, const W* b, long K, long N, long begin,
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
         column_block<R, 1>(a, b + j, K, N, at);
     }
-    if (j < end) {
+    if (j < end && end - begin >= LANES) {  // the last whole vector again, a little to the left: the same sums
+        for (int r = 0; r < R; ++r) at[r] = c[r] + end - LANES;
+        column_block<R, 1>(a, b + end - LANES, K, N, at);
+    } else if (j < end) {
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
         column_rest<R>(a, b + j, K, N, end - j, at);
     }
@@ -100,11 +116,12 @@ void column_range(const float* const* a, const W* b, long K, long N, long begin,
 
 template <class W>
 void row_products(const float* const* a, long rows, const W* b, long K, long N, long begin, long end, float* const* c) {
+    constexpr int W4 = LANES == 16 ? 4 : 3, W2 = LANES == 16 ? 8 : 4, W1 = LANES == 16 ? 16 : 8;  // by registers
     long r = 0;
-    for (; r + 4 <= rows; r += 4) column_range<4, 3>(a + r, b, K, N, begin, end, c + r);
-    if (rows - r == 3) column_range<3, 3>(a + r, b, K, N, begin, end, c + r);
-    if (rows - r == 2) column_range<2, 4>(a + r, b, K, N, begin, end, c + r);
-    if (rows - r == 1) column_range<1, 8>(a + r, b, K, N, begin, end, c + r);
+    for (; r + 4 <= rows; r += 4) column_range<4, W4>(a + r, b, K, N, begin, end, c + r);
+    if (rows - r == 3) column_range<3, W4>(a + r, b, K, N, begin, end, c + r);
+    if (rows - r == 2) column_range<2, W2>(a + r, b, K, N, begin, end, c + r);
+    if (rows - r == 1) column_range<1, W1>(a + r, b, K, N, begin, end, c + r);
 }
 
 // Products with weights [N, K]: eight accumulators an output, over k in ascending order.
@@ -164,7 +181,7 @@ std::vector<float*> row_pointers(float* base, long rows, long width) {
     return pointers;
 }
 
-constexpr long STRIPE = 96;  // columns a thread takes at once
+constexpr long STRIPE = 12 * LANES;  // columns a thread takes at once
 
 template <class W>
 void linear(const float* x, const W* weight, const float* bias, float* out, long rows, long K, long N, bool by_output) {
@@ -249,6 +266,10 @@ struct PrivateLayer {
     float* out;       // [n, D]
     float* entropy;   // [n], added to
     int64_t* used;    // [n], added to
+    // Shared groups that pass through the same experts, so that weights are read once for both.
+    int64_t groups;      // may be 0
+    const float* mixes;  // [E, groups, D]
+    float* outputs;      // [E, groups, D]
 };
 }
 
@@ -357,8 +378,15 @@ void private_layer(const PrivateLayer& l) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (long e = 0; e < l.E; ++e) {
         const long count = first[e + 1] - first[e];
+        const W* lin1 = static_cast<const W*>(l.lin1) + e * l.D * l.S;
+        const W* lin2 = static_cast<const W*>(l.lin2) + e * l.S * l.D;
+        std::vector<float> hidden(std::max(count, long(l.groups)) * l.S), mixes(count * l.D);
+        if (l.groups > 0) {
+            const auto from = row_pointers(l.mixes + e * l.groups * l.D, l.groups, l.D);
+            const auto to = row_pointers(l.outputs + e * l.groups * l.D, l.groups, l.D);
+            expert(from.data(), to.data(), l.groups, lin1, lin2, l.D, l.S, hidden.data(), l.activation);
+        }
         if (count == 0) continue;
-        std::vector<float> hidden(count * l.S), mixes(count * l.D);
         for (long i = 0; i < count; ++i) {
             const Pair& pair = pairs[first[e] + i];
             mix(l, pair.row, crowd + place(pair.row) * l.members * l.D, &merge[(pair.row * l.E + e) * size],
@@ -366,8 +394,7 @@ void private_layer(const PrivateLayer& l) {
         }
         const auto from = row_pointers(static_cast<const float*>(mixes.data()), count, l.D);
         const auto to = row_pointers(&answers[first[e] * l.D], count, l.D);
-        expert(from.data(), to.data(), count, static_cast<const W*>(l.lin1) + e * l.D * l.S,
-               static_cast<const W*>(l.lin2) + e * l.S * l.D, l.D, l.S, hidden.data(), l.activation);
+        expert(from.data(), to.data(), count, lin1, lin2, l.D, l.S, hidden.data(), l.activation);
     }
     std::fill(l.out, l.out + l.n * l.D, 0.0f);
     // Experts in ascending order for every row; threads share rows out, never one row's sum.

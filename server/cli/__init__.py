@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import typer
 
-from server.cli import checks, models, serving
+from server.cli import bench, checks, models, serving
 
 app = typer.Typer(name="motserve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for part in (serving, models, checks):
+for part in (serving, models, checks, bench):
     app.add_typer(part.app)
 
 

@@ -28,7 +28,7 @@ from model.kv_cache import (
 from model.layers import TILE
 from model.mixing import ExpertBank
 from model.native import Kernels, NativeArithmetic
-from model.transformer import Mix, Transformer
+from model.transformer import Transformer
 from server.engine.batch import Batch, wanted_of
 from server.engine.plan import Chunk, Group, Plan
 
@@ -94,7 +94,7 @@ class ModelRunner:
         arithmetic = NativeArithmetic(kernels)
         shared = self._shared_groups(batch, groups)
         private = self._private_rows(plan.private, padding=0)
-        mix = _Both(sum(chunk.length for chunk in plan.public), shared, private)
+        mix = _Both(sum(chunk.length for chunk in plan.public), shared, private, kernels)
         hidden = self.model(batch.ids(), batch.positions(), attention, mix, arithmetic)
         self._tally_shared(plan.public, groups, shared)
         self._tally_private(plan.private, private)
@@ -243,15 +243,26 @@ class ModelRunner:
 
 @dataclass(frozen=True)
 class _Both:
-    """``mix`` for a batch whose first ``public`` rows are public, the rest private."""
+    """``mix`` for a batch whose first ``public`` rows are public, the rest private. Few shared groups go through the
+    experts together with the private rows: the weights are read once."""
 
     public: int
     shared: SharedGroups | None
     private: PrivateRows | None
+    kernels: Kernels
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
-        parts: list[tuple[Mix | None, Tensor]] = [(self.shared, x[: self.public]), (self.private, x[self.public :])]
-        return torch.cat([mix(layer, bank, rows) for mix, rows in parts if mix is not None])
+        public, private = x[: self.public], x[self.public :]
+        if self.private is None:
+            return self.shared(layer, bank, public) if self.shared is not None else public
+        if self.shared is None:
+            return self.private(layer, bank, private)
+        mixes, emit = self.shared.mix(layer, bank, public)
+        together = self.kernels.prefers(mixes.shape[1], bank.lin1.dtype)
+        own, outputs = self.private.beside(layer, bank, private, mixes if together else mixes[:, :0])
+        if not together:
+            outputs = bank.experts(mixes.to(bank.lin1.dtype))
+        return torch.cat((self.shared.redistribute(outputs, emit, public), own))
 
 
 def _no_mixing(layer: int, bank: ExpertBank, x: Tensor) -> Tensor:

@@ -128,13 +128,18 @@ def test_private_layer(
     entropy, used = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
     layer = None if chosen.crowd is None else (chosen.crowd.places[0].to(dtype), chosen.crowd.scores[0].to(dtype))
 
+    groups = _random(bank.lin1.shape[0], seed % 3, 18, seed=seed + 3)
+
     def run(only: slice) -> Tensor:
         entropy.zero_()
         used.zero_()
-        return kernels.private_layer(
+        out, outputs = kernels.private_layer(
             x[only], *halved, layer, **{name: value[only].contiguous() for name, value in about.items()},
             entropy=entropy, used=used, activation=bank.activation, over_experts=over_experts, discrete=discrete,
+            mixes=groups,
         )  # fmt: skip
+        assert torch.equal(outputs, kernels.bank(groups, *halved[1:], bank.activation))
+        return out
 
     singles = [run(slice(row, row + 1)) for row in range(rows)]
     found = run(slice(0, rows))

@@ -1,0 +1,113 @@
+"""The engine by itself: tokens a second at fixed concurrency, and where a step's time goes. No HTTP, no text."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from server.bench.machine import Limits
+from server.engine.engine import Engine
+from server.engine.request import EngineRequest, Privacy, SamplingParams, StepStats
+
+PARTS = ("scheduling", "grouping", "model", "sampling", "results")
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """``concurrency`` requests of ``prompt_tokens`` that all decode ``output_tokens``; the first ``private_share`` of
+    them private. ``spread``: prompts are up to so many tokens shorter, so that positions differ."""
+
+    concurrency: int
+    private_share: float
+    prompt_tokens: int
+    output_tokens: int
+    spread: int = 0
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """Medians over repeats. Decode rates are of steps in which nobody's prompt is computed any more and nobody has
+    finished; ``shares`` are of those steps' time."""
+
+    concurrency: int
+    private_share: float
+    output_tokens_per_second: float
+    prefill_tokens_per_second: float
+    step_seconds: float
+    groups_per_step: float
+    shares: tuple[float, ...]  # one for each of ``PARTS``
+    fraction_of_weight_reading: float  # of the steps a second that reading all weights once would allow
+
+    def as_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        shares = values.pop("shares")
+        return values | {f"{part}_share": share for part, share in zip(PARTS, shares, strict=True)}
+
+
+def bench_engine(
+    engine: Engine,
+    loads: Sequence[EngineLoad],
+    limits: Limits,
+    privacy: Privacy,
+    *,
+    repeats: int,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Iterator[EngineResult]:
+    """One result a load. Loads take turns, so that a slow minute of the machine is not one load's. Raises ValueError
+    when one does not fit."""
+    weights = sum(p.numel() * p.element_size() for p in engine.runner.model.parameters())
+    for load in loads:
+        engine.check(_requests(engine, load, privacy, 0)[0])
+    _run(engine, _requests(engine, loads[0], privacy, 0))  # warms caches and allocators up
+    taken: list[list[list[StepStats]]] = [[] for _ in loads]
+    for repeat in range(repeats):
+        for place, load in enumerate(loads):
+            taken[place].append(_run(engine, _requests(engine, load, privacy, repeat)))
+            progress((repeat * len(loads) + place + 1) / (repeats * len(loads)))
+    for load, runs in zip(loads, taken, strict=True):
+        yield _result(load, runs, limits.bandwidth / weights)
+
+
+def _requests(engine: Engine, load: EngineLoad, privacy: Privacy, seed: int) -> list[EngineRequest]:
+    rng = random.Random(f"{seed}:{load}")
+    private = round(load.concurrency * load.private_share)
+    sampling = SamplingParams(max_tokens=load.output_tokens, temperature=0.8, seed=seed, ignore_eos=True)
+    requests = []
+    for number in range(load.concurrency):
+        length = max(1, load.prompt_tokens - (rng.randint(0, load.spread) if load.spread else 0))
+        prompt = tuple(rng.randrange(engine.config.vocab_size) for _ in range(length))
+        chosen = privacy if number < private else None
+        requests.append(EngineRequest(f"bench-{seed}-{number}", (prompt,), sampling, privacy=chosen))
+    return requests
+
+
+def _run(engine: Engine, requests: Sequence[EngineRequest]) -> list[StepStats]:
+    for request in requests:
+        engine.add(request)
+    steps = []
+    while not engine.idle:
+        engine.step()
+        steps.append(engine.last_step)
+    return steps
+
+
+def _result(load: EngineLoad, runs: list[list[StepStats]], possible: float) -> EngineResult:
+    decoding = [[step for step in run if step.decode_tokens == load.concurrency] for run in runs]
+    prefill = [[step for step in run if step.prefill_tokens] for run in runs]
+    middle = statistics.median
+    total = sum(step.seconds for run in decoding for step in run)
+    shares = [sum(step.parts[n] for run in decoding for step in run) / total for n in range(len(PARTS))]
+    seconds = middle(step.seconds for run in decoding for step in run)
+    return EngineResult(
+        load.concurrency,
+        load.private_share,
+        middle(sum(s.decode_tokens for s in run) / sum(s.seconds for s in run) for run in decoding),
+        middle(sum(s.prefill_tokens for s in run) / sum(s.seconds for s in run) for run in prefill),
+        seconds,
+        middle(step.public_groups for run in decoding for step in run),
+        tuple(shares),
+        1 / seconds / possible,
+    )

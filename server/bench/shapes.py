@@ -1,0 +1,51 @@
+"""Models of known shapes with random weights: for speed, which does not depend on what weights say."""
+
+from __future__ import annotations
+
+import torch
+
+from model.config import ModelConfig
+from model.groups import Fill
+from model.reference import ReferenceCrowd
+from model.transformer import Transformer
+
+SHAPES: dict[str, ModelConfig] = {
+    # The bundled checkpoint.
+    "demo": ModelConfig(
+        vocab_size=4096, n_positions=256, n_embd=256, n_layer=4, n_head=8, group_size=16, n_expert=64, expert_size=72,
+        temperature=0.1,
+    ),
+    # The paper's small model: 32 times the feed-forward parameters of the dense one (512 * 64 / 32 = 4 * 256).
+    "paper": ModelConfig(
+        vocab_size=32000, n_positions=256, n_embd=256, n_layer=4, n_head=4, group_size=32, n_expert=512, expert_size=64
+    ),
+    "paper-dense": ModelConfig(
+        model_type="gpt2", vocab_size=32000, n_positions=256, n_embd=256, n_layer=4, n_head=4
+    ),
+    # The published checkpoint jaszczur/mixture_of_tokens.
+    "mot-medium": ModelConfig(
+        vocab_size=50257, n_positions=256, n_embd=512, n_layer=8, n_head=8, group_size=32, n_expert=256, expert_size=256
+    ),
+    "gpt2-small": ModelConfig(
+        model_type="gpt2", vocab_size=8192, n_positions=512, n_embd=512, n_layer=8, n_head=8
+    ),
+}  # fmt: skip
+
+
+def config_of(shape: str) -> ModelConfig:
+    """Raises ValueError naming the shapes there are."""
+    if shape not in SHAPES:
+        raise ValueError(f"shape: {shape!r} is not one of {', '.join(SHAPES)}")
+    return SHAPES[shape]
+
+
+def random_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> tuple[Transformer, Fill]:
+    """Weights as training begins with, and a crowd of random activations."""
+    model = Transformer(config)
+    model.initialize(0)
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    if not config.is_mot:
+        return model, Fill("none", None)
+    shape = (config.n_layer, config.n_positions, config.group_size, config.n_embd)
+    crowd = ReferenceCrowd(torch.randn(shape, device=device).to(dtype), model.banks, fingerprint="random")
+    return model, Fill.build("reference", config, model.banks, crowd)
