@@ -164,6 +164,9 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
     # More than every running sequence at full length could use would only cost memory.
     blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     kernels = resolve_kernels(settings.kernels, model.device)
+    if kernels is not None and config.is_mot:
+        bank = model.banks[0]
+        kernels.measure(bank.lin1, bank.lin2, bank.activation)
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
     max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)

@@ -14,7 +14,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from model.layers import Projection
 from model.mixing import ACTIVATION_FUNCTIONS, Activation
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-ffp-contract=off")
 _KINDS = {
     ACTIVATION_FUNCTIONS["gelu"]: 0,
     ACTIVATION_FUNCTIONS["gelu_new"]: 1,
@@ -34,7 +36,8 @@ _KINDS = {
 }
 
 
-_FEW_GROUPS = 12  # measured, 2 cores with AVX2: level with torch.bmm at 8 to 16
+_FEW_GROUPS = 8  # until measured: about level with torch.bmm
+_TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
 
 
 def computes_in_bfloat16() -> bool:
@@ -79,17 +82,33 @@ class Kernels:
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         self._fast_bfloat16 = computes_in_bfloat16()
+        self._few_groups = _FEW_GROUPS
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         self._linear = _function(loaded, "motserve_linear", [pointer] * 4 + [wide] * 3 + [number] * 2)
         self._bank = _function(loaded, "motserve_bank", [pointer] * 4 + [wide] * 4 + [number] * 2)
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
         self._attend = _function(loaded, "motserve_attend", [pointer] * 6 + [wide] * 5 + [number])
+        self._draw = _function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
+        self._score = _function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
         self._activate = _function(loaded, "motserve_activate", [pointer, wide, number])
 
     def prefers(self, groups: int, dtype: torch.dtype) -> bool:
         """Whether ``bank`` is the faster way for so many groups: weights are read at the speed of memory for few;
         many are computed at the speed of torch's batched product, where the processor computes in that type."""
-        return groups <= _FEW_GROUPS or (dtype is torch.bfloat16 and not self._fast_bfloat16)
+        return groups <= self._few_groups or (dtype is torch.bfloat16 and not self._fast_bfloat16)
+
+    def measure(self, lin1: Tensor, lin2: Tensor, activation: Activation) -> int:
+        """Find out up to how many groups ``bank`` is the faster way for such experts on this machine."""
+        self._few_groups = 1
+        for groups in _TRIED_GROUPS:
+            mixes = torch.zeros(lin1.shape[0], groups, lin1.shape[1])
+            cast = mixes.to(lin1.dtype)
+            ours = _fastest(partial(self.bank, mixes, lin1, lin2, activation))
+            theirs = _fastest(partial(_batched, cast, lin1, lin2, activation))
+            if ours > theirs:
+                break
+            self._few_groups = groups
+        return self._few_groups
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool) -> Tensor:
         """``x [n, K]`` times ``weight [K, N]`` (``by_output``: ``[N, K]``) plus ``bias [N]``: float32 ``[n, N]``."""
@@ -164,6 +183,30 @@ class Kernels:
         )  # fmt: skip
         return out
 
+    def draw(self, logits: Tensor, *, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
+             uniform: Tensor) -> Tensor:  # fmt: skip
+        """``logits [n, V]`` (float32) to one token a row ``[n]``: the first maximum where ``temperature`` is 0, else by
+        inverting the cumulative distribution of what ``top_k`` (0: all, int64), then ``min_p``, then ``top_p`` leave,
+        in order of id, at ``uniform`` (float64)."""
+        assert logits.is_contiguous() and logits.dtype is torch.float32
+        tokens = torch.empty(logits.shape[0], dtype=torch.int64)
+        columns = (temperature.float(), top_k, top_p.float(), min_p.float(), uniform)
+        self._draw(logits.data_ptr(), *logits.shape, *(column.data_ptr() for column in columns), tokens.data_ptr())
+        return tokens
+
+    def score(self, logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``logits [n, V]`` (float32) to the log probabilities of ``tokens [n]``, and ids and log probabilities
+        ``[n, best]`` of the best tokens, best first, ties to the lowest id."""
+        logits = logits.contiguous()
+        rows, size = logits.shape
+        assert logits.dtype is torch.float32 and 0 <= best <= size
+        chosen, values = torch.empty(rows), torch.empty(rows, best)
+        ids = torch.empty(rows, best, dtype=torch.int64)
+        self._score(
+            logits.data_ptr(), rows, size, tokens.data_ptr(), best, chosen.data_ptr(), ids.data_ptr(), values.data_ptr()
+        )
+        return chosen, ids, values
+
 
 class NativeArithmetic:
     """``layers.Arithmetic`` by the kernels: a row's bits depend on that row alone. Without gradients."""
@@ -181,10 +224,25 @@ class NativeArithmetic:
         return self._kernels.linear(hidden, weight, None, by_output=True)
 
 
-def _function(library: ctypes.CDLL, name: str, arguments: list[object]) -> Callable[..., None]:
+def _function(library: ctypes.CDLL, name: str, arguments: Sequence[object]) -> Callable[..., None]:
     found = getattr(library, name)
     found.argtypes, found.restype = arguments, None
     return found  # type: ignore[no-any-return]
+
+
+def _batched(mixes: Tensor, lin1: Tensor, lin2: Tensor, activation: Activation) -> Tensor:
+    """The plain way: ``ExpertBank.experts``."""
+    return torch.bmm(activation(torch.bmm(mixes, lin1)), lin2)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    """Seconds, the best of a few."""
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def _half(weight: Tensor) -> bool:

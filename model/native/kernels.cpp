@@ -1,5 +1,7 @@
 // Row-wise kernels of the decoder for CPUs: every row of a result is computed by the same sequence of operations,
 // whatever rows stand beside it and however many there are. Sums run in float32; weights are float32 or bfloat16.
+// Multiply-adds that are fused are written so (`fused`), and the compiler is told to fuse no others: it would choose
+// anew for each number of rows.
 //
 // Plain C interface, called through ctypes by model/native; shapes are checked there.
 
@@ -9,6 +11,10 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -65,6 +71,62 @@ inline float sum(vec v) {
     return parts[0];
 }
 
+// a * b + c in one rounding, where the processor has it; the same for vectors and single numbers.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+inline vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__) && MOTSERVE_LANES == 16
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && MOTSERVE_LANES == 8
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    vec result;
+    for (long i = 0; i < LANES; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return result;
+#endif
+}
+#else
+inline float fused(float a, float b, float c) { return a * b + c; }
+inline vec fused(vec a, vec b, vec c) { return a * b + c; }
+#endif
+
+inline vec maximum(vec a, vec b) { return a > b ? a : b; }
+
+// e^x, relative error below 3e-7, 0 and infinity at the ends: 2^n times a polynomial on [-ln2/2, ln2/2] (Taylor).
+inline vec exponential(vec x) {
+    const vec low = broadcast(-87.0f), high = broadcast(88.7f), magic = broadcast(12582912.0f);  // 1.5 * 2^23
+    const vec clamped = x < low ? low : x > high ? high : x;
+    const vec n = fused(clamped, broadcast(1.44269504088896341f), magic) - magic;
+    const vec r = fused(n, broadcast(2.12194440e-4f), fused(n, broadcast(-0.693359375f), clamped));
+    vec p = broadcast(1.0f / 720);
+    p = fused(p, r, broadcast(1.0f / 120));
+    p = fused(p, r, broadcast(1.0f / 24));
+    p = fused(p, r, broadcast(1.0f / 6));
+    p = fused(p, r, broadcast(0.5f));
+    p = fused(p, r, broadcast(1.0f));
+    p = fused(p, r, broadcast(1.0f));
+    typedef int32_t ints __attribute__((vector_size(LANES * 4)));
+    const ints scale = (__builtin_convertvector(n, ints) + 127) << 23;
+    vec factor;
+    std::memcpy(&factor, &scale, sizeof factor);
+    const vec value = p * factor;
+    return x < low ? vec{} : value;
+}
+
+// A vectorised function of count floats in place; the last few go through the same operations, padded.
+template <class F>
+inline void apply(float* x, long count, F function) {
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) store(x + i, function(load(x + i)));
+    if (i < count) {
+        float rest[LANES] = {};
+        std::memcpy(rest, x + i, (count - i) * sizeof(float));
+        store(rest, function(load(rest)));
+        std::memcpy(x + i, rest, (count - i) * sizeof(float));
+    }
+}
+
 // Products with weights [K, N]: one accumulator an output, over k in ascending order.
 
 template <int R, int V, class W>
@@ -75,7 +137,7 @@ inline void column_block(const float* const* a, const W* b, long K, long N, floa
         for (int v = 0; v < V; ++v) w[v] = load(b + k * N + v * LANES);
         for (int r = 0; r < R; ++r) {
             const vec x = broadcast(a[r][k]);
-            for (int v = 0; v < V; ++v) total[r][v] += x * w[v];
+            for (int v = 0; v < V; ++v) total[r][v] = fused(x, w[v], total[r][v]);
         }
     }
     for (int r = 0; r < R; ++r)
@@ -87,7 +149,7 @@ inline void column_rest(const float* const* a, const W* b, long K, long N, long 
     for (int r = 0; r < R; ++r)
         for (long j = 0; j < columns; ++j) {
             float total = 0;
-            for (long k = 0; k < K; ++k) total = __builtin_fmaf(a[r][k], value(b + k * N + j), total);
+            for (long k = 0; k < K; ++k) total = fused(a[r][k], value(b + k * N + j), total);
             c[r][j] = total;
         }
 }
@@ -135,13 +197,13 @@ inline void dot_block(const float* const* a, const W* b, long K, float* const* c
         for (int r = 0; r < R; ++r) x[r] = load(a[r] + k);
         for (int j = 0; j < C; ++j) {
             const vec w = load(b + j * K + k);
-            for (int r = 0; r < R; ++r) total[r][j] += x[r] * w;
+            for (int r = 0; r < R; ++r) total[r][j] = fused(x[r], w, total[r][j]);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < C; ++j) {
             float rest = 0;
-            for (long i = k; i < K; ++i) rest = __builtin_fmaf(a[r][i], value(b + j * K + i), rest);
+            for (long i = k; i < K; ++i) rest = fused(a[r][i], value(b + j * K + i), rest);
             c[r][j] = sum(total[r][j]) + rest;
         }
 }
@@ -208,17 +270,17 @@ void activate(float* x, long count, int kind) {
         case 0:
             for (long i = 0; i < count; ++i) x[i] = 0.5f * x[i] * (1.0f + erff(x[i] * 0.70710678118654752f));
             break;
-        case 1:
-            for (long i = 0; i < count; ++i) {
-                const float inner = 0.79788456080286536f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
-                x[i] = 0.5f * x[i] * (1.0f + tanhf(inner));
-            }
+        case 1:  // x (1 + tanh(z)) / 2 = x / (1 + e^(-2z))
+            apply(x, count, [](vec v) {
+                const vec z = 1.59576912160573072f * (v + 0.044715f * v * v * v);
+                return v / (1.0f + exponential(-z));
+            });
             break;
         case 2:
             for (long i = 0; i < count; ++i) x[i] = x[i] > 0 ? x[i] : 0;
             break;
         default:
-            for (long i = 0; i < count; ++i) x[i] = x[i] / (1.0f + expf(-x[i]));
+            apply(x, count, [](vec v) { return v / (1.0f + exponential(-v)); });
     }
 }
 
@@ -235,7 +297,7 @@ void expert(const float* const* in, float* const* out, long rows, const W* lin1,
 
 template <class W>
 void bank(const float* mixes, const W* lin1, const W* lin2, float* out, long E, long n, long D, long S, int activation) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(dynamic, 1)
     for (long e = 0; e < E; ++e) {
         std::vector<float> hidden(n * S);
         const auto from = row_pointers(mixes + e * n * D, n, D);
@@ -345,7 +407,7 @@ void mix(const PrivateLayer& l, long row, const W* crowd, const float* merge, fl
     for (long j = 1; j < l.members; ++j) {
         const W* member = crowd + j * l.D;
         const float w = merge[j];
-        for (long d = 0; d < l.D; ++d) out[d] = __builtin_fmaf(w, value(member + d), out[d]);
+        for (long d = 0; d < l.D; ++d) out[d] = fused(w, value(member + d), out[d]);
     }
 }
 
@@ -404,7 +466,7 @@ void private_layer(const PrivateLayer& l) {
         for (size_t p = 0; p < pairs.size(); ++p) {
             float* out = l.out + pairs[p].row * l.D;
             const float* answer = &answers[p * l.D];
-            for (long i = d; i < end; ++i) out[i] = __builtin_fmaf(pairs[p].emit, answer[i], out[i]);
+            for (long i = d; i < end; ++i) out[i] = fused(pairs[p].emit, answer[i], out[i]);
         }
     }
 }
@@ -429,21 +491,130 @@ void attend(const float* queries, const W* keys, const W* values, const int64_t*
                 *to *= scale;
                 top = std::max(top, *to);
             }
+            apply(weights.data(), length, [top](vec v) { return exponential(v - top); });
             float total = 0;
-            for (long t = 0; t < length; ++t) weights[t] = expf(weights[t] - top), total += weights[t];
+            for (long t = 0; t < length; ++t) total += weights[t];
             float* result = out + row * width + head * size;
             std::fill(result, result + size, 0.0f);
             for (long t = 0; t < length; ++t) {
                 const W* v = values + (table[t / block_size] * block_size + t % block_size) * width + head * size;
                 const float w = weights[t] / total;
-                for (long i = 0; i < size; ++i) result[i] = __builtin_fmaf(w, value(v + i), result[i]);
+                for (long i = 0; i < size; ++i) result[i] = fused(w, value(v + i), result[i]);
             }
         }
+}
+
+// Sampling. A row's token depends on its logits, its parameters and its random number alone.
+
+struct Candidate {
+    float weight;
+    int32_t id;
+    bool operator<(const Candidate& other) const {  // best first, ties to the lowest id
+        return weight != other.weight ? weight > other.weight : id < other.id;
+    }
+};
+
+inline float largest(const float* x, long count) {
+    float top = -std::numeric_limits<float>::infinity();
+    long i = 0;
+    if (count >= LANES) {
+        vec best = load(x);
+        for (; i + LANES <= count; i += LANES) best = maximum(load(x + i), best);
+        for (long lane = 0; lane < LANES; ++lane) top = std::max(top, best[lane]);
+    }
+    for (; i < count; ++i) top = std::max(top, x[i]);
+    return top;
+}
+
+// The last candidate, in order of weight, that top_k, then min_p, then top_p leave. Weights are relative to the best
+// one's, 1; total is the sum of all of them.
+Candidate last_kept(const std::vector<float>& weights, double total, long top_k, float top_p, float min_p) {
+    const long V = weights.size();
+    // What cannot be within top_p: all weights below this one together weigh less than the rest that top_p leaves out.
+    const bool alone = top_k <= 0 && min_p <= 0;
+    const double negligible = alone && top_p < 1 ? (1 - double(top_p)) * total / V : 0;
+    std::vector<Candidate> kept;
+    for (long i = 0; i < V; ++i)
+        if (weights[i] > 0 && weights[i] >= min_p && weights[i] >= negligible) kept.push_back({weights[i], int32_t(i)});
+    if (top_k > 0 && top_k < long(kept.size())) {
+        std::nth_element(kept.begin(), kept.begin() + top_k, kept.end());
+        kept.resize(top_k);
+    }
+    if (!(top_p < 1)) return *std::max_element(kept.begin(), kept.end());
+    double left = alone ? total : 0, before = 0;
+    if (!alone) for (const Candidate& c : kept) left += c.weight;
+    // A candidate stays while those before it do not make up top_p; the first one always does.
+    size_t low = 0, high = kept.size();
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        std::nth_element(kept.begin() + low, kept.begin() + middle, kept.begin() + high);
+        double part = 0;
+        for (size_t i = low; i < middle; ++i) part += kept[i].weight;
+        if (before + part < double(top_p) * left) before += part, low = middle;
+        else high = middle;
+    }
+    return kept[low];
+}
+
+int64_t draw(const float* logits, long V, float temperature, long top_k, float top_p, float min_p, double uniform) {
+    const float top = largest(logits, V);
+    if (!(temperature > 0)) return std::find(logits, logits + V, top) - logits;
+    std::vector<float> weights(logits, logits + V);
+    apply(weights.data(), V, [=](vec v) { return exponential((v - top) / temperature); });
+    double total = 0;
+    for (float w : weights) total += w;
+    if ((top_k > 0 && top_k < V) || top_p < 1 || min_p > 0) {
+        const Candidate last = last_kept(weights, total, top_k, top_p, min_p);
+        total = 0;
+        for (long i = 0; i < V; ++i) {
+            if (last < Candidate{weights[i], int32_t(i)}) weights[i] = 0;
+            total += weights[i];
+        }
+    }
+    double passed = 0;
+    long token = 0;
+    for (long i = 0; i < V; ++i) {
+        if (!(weights[i] > 0)) continue;
+        passed += weights[i];
+        token = i;
+        if (passed > uniform * total) break;
+    }
+    return token;
+}
+
+// Log probabilities of one token and of the best k, best first.
+void score(const float* logits, long V, int64_t token, long k, float* chosen, int64_t* ids, float* values) {
+    const float top = largest(logits, V);
+    std::vector<float> weights(logits, logits + V);
+    apply(weights.data(), V, [=](vec v) { return exponential(v - top); });
+    double total = 0;
+    for (float w : weights) total += w;
+    const float normaliser = top + float(std::log(total));
+    *chosen = logits[token] - normaliser;
+    if (k <= 0) return;
+    std::vector<Candidate> best(V);
+    for (long i = 0; i < V; ++i) best[i] = {logits[i], int32_t(i)};
+    std::partial_sort(best.begin(), best.begin() + k, best.end());
+    for (long i = 0; i < k; ++i) ids[i] = best[i].id, values[i] = best[i].weight - normaliser;
 }
 
 }  // namespace
 
 extern "C" {
+
+void motserve_draw(const float* logits, int64_t rows, int64_t V, const float* temperature, const int64_t* top_k,
+                   const float* top_p, const float* min_p, const double* uniform, int64_t* tokens) {
+#pragma omp parallel for schedule(dynamic, 1) if (rows > 1)
+    for (long r = 0; r < rows; ++r)
+        tokens[r] = draw(logits + r * V, V, temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]);
+}
+
+void motserve_score(const float* logits, int64_t rows, int64_t V, const int64_t* tokens, int64_t k, float* chosen,
+                    int64_t* ids, float* values) {
+#pragma omp parallel for schedule(dynamic, 1) if (rows > 1)
+    for (long r = 0; r < rows; ++r)
+        score(logits + r * V, V, tokens[r], k, chosen + r, ids + r * k, values + r * k);
+}
 
 void motserve_linear(const float* x, const void* weight, const float* bias, float* out, int64_t rows, int64_t K,
                      int64_t N, int32_t by_output, int32_t half) {

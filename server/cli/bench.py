@@ -76,3 +76,38 @@ def engine(
                 print_result({**named, **result.as_dict(), **limits.as_dict()}, as_json=as_json)
         except RequestError as error:
             raise ValueError(str(error)) from None
+
+
+@bench.command("kernel")
+def kernel(
+    shape: Annotated[str, typer.Option(help="demo, paper or mot-medium.")] = "demo",
+    mode: Annotated[
+        list[str] | None, typer.Option(help="public, private, private_unmixed, attention or sampling; all.")
+    ] = None,
+    groups: _Numbers = "1,2,4,8,16,32,64",
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: str = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """The MoT layer, attention and sampling, beside read bandwidth, matmul rate and torch's batched product."""
+    from server.bench.kernel import MODES, KernelBench
+    from server.bench.machine import measure_limits
+    from server.bench.shapes import config_of
+    from server.loading import resolve_device, resolve_dtype, resolve_kernels
+
+    with told(), progress("measuring") as (bar, task):
+        unknown = [name for name in mode or () if name not in MODES]
+        if unknown:
+            raise ValueError(f"mode: {unknown[0]!r} is not one of {', '.join(MODES)}")
+        config, on = config_of(shape), resolve_device(device)
+        if not config.is_mot:
+            raise ValueError(f"shape: {shape!r} has no experts")
+        counts = _list_of("groups", groups, int, 1, 4096)
+        chosen = resolve_dtype(dtype, on)
+        limits = measure_limits(on, chosen)
+        tested = KernelBench(shape, config, chosen, limits, resolve_kernels(kernels, on))
+        modes = [name for name in MODES if not mode or name in mode]
+        for done, result in enumerate(tested.run(counts, modes), 1):
+            bar.update(task, completed=done / len(modes) / len(counts))
+            print_result({**result.as_dict(), **limits.as_dict()}, as_json=as_json)

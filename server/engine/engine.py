@@ -31,7 +31,7 @@ class Engine:
         self.runner, self.grouping, self.tokenizer = runner, grouping, tokenizer
         self.config = runner.config
         self.scheduler = Scheduler(BlockManager(blocks, runner.cache.block_size), limits)
-        self.sampler = Sampler(self.config.eos_token_id)
+        self.sampler = Sampler(self.config.eos_token_id, runner.kernels)
         self.results = Results(
             self.scheduler,
             self.sampler,

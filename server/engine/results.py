@@ -12,7 +12,7 @@ from server.engine.detokenizer import Detokenizer
 from server.engine.model_runner import StepLogits
 from server.engine.plan import Plan
 from server.engine.request import Delta, FinishReason, Receipt, Sequence
-from server.engine.sampler import SampledToken, Sampler, score_prompt
+from server.engine.sampler import SampledToken, Sampler
 from server.engine.scheduler import Scheduler
 
 
@@ -35,7 +35,7 @@ class Results:
         sampled = dict(zip(plan.sampling, tokens, strict=True))
         self._scheduler.advance(plan)
         for chunk, rows in logits.prompts:
-            chunk.sequence.prompt_logprobs.extend(score_prompt(chunk, rows))
+            chunk.sequence.prompt_logprobs.extend(self._sampler.score_prompt(chunk, rows))
         for chunk in plan.chunks:
             sequence = chunk.sequence
             if chunk in sampled:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.native import Kernels
 from server.engine.plan import Chunk
 from server.engine.request import SamplingParams, Sequence, TokenLogprob
 
@@ -25,10 +26,10 @@ class SampledToken:
 
 
 class Sampler:
-    """``end_of_text`` is what ``min_tokens`` keeps away."""
+    """``end_of_text`` is what ``min_tokens`` keeps away. ``kernels`` None: the plain path."""
 
-    def __init__(self, end_of_text: int | None) -> None:
-        self._end_of_text = end_of_text
+    def __init__(self, end_of_text: int | None, kernels: Kernels | None = None) -> None:
+        self._end_of_text, self._kernels = end_of_text, kernels
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, chunks: tuple[Chunk, ...]) -> list[SampledToken]:
@@ -36,19 +37,46 @@ class Sampler:
         if not chunks:
             return []
         sequences = [chunk.sequence for chunk in chunks]
-        adjusted = logits.clone()
+        adjusted = logits.contiguous() if not any(map(_adjusts, sequences)) else logits.clone()
         for row, sequence in enumerate(sequences):
-            self._adjust(adjusted[row], sequence)
-        tokens = _first_maximum(adjusted)
-        drawn = [i for i, s in enumerate(sequences) if s.sampling.temperature >= _GREEDY_BELOW]
-        if drawn:
-            tokens[drawn] = _draw(adjusted[drawn], [sequences[i] for i in drawn])
-        ids = tokens.tolist()
+            if _adjusts(sequence):
+                self._adjust(adjusted[row], sequence)
+        if self._kernels is not None:
+            ids = _native_draw(self._kernels, adjusted, sequences)
+        else:
+            tokens = _first_maximum(adjusted)
+            drawn = [i for i, s in enumerate(sequences) if _draws(s)]
+            if drawn:
+                tokens[drawn] = _draw(adjusted[drawn], [sequences[i] for i in drawn])
+            ids = tokens.tolist()
         wanted = {i: s.sampling.logprobs for i, s in enumerate(sequences) if s.sampling.logprobs is not None}
         rows = list(wanted)
-        scored = _score(logits[rows], [ids[i] for i in rows], list(wanted.values())) if rows else []
+        scored = self.score(logits[rows], [ids[i] for i in rows], list(wanted.values())) if rows else []
         found = dict(zip(rows, scored, strict=True))
         return [SampledToken(token, found.get(i)) for i, token in enumerate(ids)]
+
+    def score(self, logits: Tensor, tokens: list[int], alternatives: list[int]) -> list[TokenLogprob]:
+        """Log probabilities of ``tokens`` and of the best alternatives, one row of ``logits [n, vocabulary]`` each."""
+        most = min(max(alternatives), logits.shape[1])
+        if self._kernels is None:
+            found = _plain_scores(logits, torch.tensor(tokens, device=logits.device), most)
+        else:
+            found = self._kernels.score(logits, torch.tensor(tokens), most)
+        chosen, best_ids, best_values = (column.tolist() for column in found)
+        return [
+            TokenLogprob(token, chosen[i], tuple(zip(best_ids[i][:count], best_values[i][:count], strict=True)))
+            for i, (token, count) in enumerate(zip(tokens, alternatives, strict=True))
+        ]
+
+    @torch.inference_mode()
+    def score_prompt(self, chunk: Chunk, logits: Tensor) -> list[TokenLogprob]:
+        """Log probabilities of the prompt tokens that follow each row of ``logits [length, vocabulary]``; the row of
+        the last prompt token predicts the completion and is left out."""
+        following = chunk.sequence.prompt[chunk.start + 1 : chunk.end + 1]
+        if not following:
+            return []
+        alternatives = chunk.sequence.sampling.prompt_logprobs or 0
+        return self.score(logits[: len(following)], list(following), [alternatives] * len(following))
 
     def _adjust(self, row: Tensor, sequence: Sequence) -> None:
         """Penalties, bias and banned tokens, in place; ``row [vocabulary]``."""
@@ -76,6 +104,37 @@ class Sampler:
         return ends
 
 
+def _adjusts(sequence: Sequence) -> bool:
+    """Whether the request changes the model's logits."""
+    params = sequence.sampling
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or sequence.output_length < params.min_tokens
+    )
+
+
+def _draws(sequence: Sequence) -> bool:
+    """Whether the request samples; otherwise it is greedy and takes no random number."""
+    return sequence.sampling.temperature >= _GREEDY_BELOW
+
+
+def _native_draw(kernels: Kernels, logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """One token a row by the compiled kernel."""
+    params = [sequence.sampling for sequence in sequences]
+    tokens: list[int] = kernels.draw(
+        logits,
+        temperature=torch.tensor([s.sampling.temperature if _draws(s) else 0.0 for s in sequences]),
+        top_k=torch.tensor([p.top_k for p in params]),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
+        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
+        uniform=torch.tensor([s.random.random() if _draws(s) else 0.0 for s in sequences], dtype=torch.float64),
+    ).tolist()
+    return tokens
+
+
 def _first_maximum(logits: Tensor) -> Tensor:
     """``[rows, vocabulary]`` to the lowest id with the highest logit: ``[rows]``."""
     highest = logits.amax(1, keepdim=True)
@@ -92,22 +151,15 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     uniform = torch.tensor([s.random.random() for s in sequences], dtype=torch.float64, device=logits.device)
     probabilities = torch.softmax(logits / _column(sequences, "temperature", logits), dim=1)
     truncated = [_truncates(s.sampling, logits.shape[1]) for s in sequences]
-    order: Tensor | None = None
     if any(truncated):
-        probabilities, order = torch.sort(probabilities, dim=1, descending=True, stable=True)
-        probabilities = _truncate(probabilities, sequences)
-    # Rows that nothing truncates are drawn in order of id, with or without companions that are sorted.
-    if order is not None and not all(truncated):
-        straight = torch.tensor(truncated, device=logits.device).logical_not()[:, None]
-        unsorted = torch.zeros_like(probabilities).scatter_(1, order, probabilities)
-        probabilities = torch.where(straight, unsorted, probabilities)
-        order = torch.where(straight, torch.arange(logits.shape[1], device=logits.device), order)
+        best_first, order = torch.sort(probabilities, dim=1, descending=True, stable=True)
+        kept = torch.zeros_like(probabilities).scatter_(1, order, _truncate(best_first, sequences))
+        # Rows that nothing truncates stay as they are, whatever rows stand beside them.
+        probabilities = torch.where(torch.tensor(truncated, device=logits.device)[:, None], kept, probabilities)
     cumulative = probabilities.double().cumsum(1)
-    target = uniform[:, None] * cumulative[:, -1:]
-    place = (cumulative <= target).sum(1, keepdim=True)
+    place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(1)
     last = (probabilities > 0).double().mul(torch.arange(1, logits.shape[1] + 1, device=logits.device)).amax(1) - 1
-    place = torch.minimum(place, last.long()[:, None])  # rounding must not reach a token of probability zero
-    return (place if order is None else order.gather(1, place)).squeeze(1)
+    return torch.minimum(place, last.long())  # rounding must not reach a token of probability zero
 
 
 def _truncates(params: SamplingParams, vocabulary: int) -> bool:
@@ -129,27 +181,8 @@ def _truncate(probabilities: Tensor, sequences: list[Sequence]) -> Tensor:
     return kept * (within | whole)
 
 
-def _score(logits: Tensor, tokens: list[int], alternatives: list[int]) -> list[TokenLogprob]:
-    """Log probabilities of ``tokens`` and of the best alternatives, one row of ``logits`` each."""
+def _plain_scores(logits: Tensor, tokens: Tensor, best: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities of ``tokens [n]``, and ids and log probabilities ``[n, best]`` of the best."""
     logprobs = torch.log_softmax(logits, dim=1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
-    most = min(max(alternatives), logits.shape[1])
-    if most == 0:
-        return [TokenLogprob(token, value) for token, value in zip(tokens, chosen, strict=True)]
-    values, ids = torch.sort(logprobs, dim=1, descending=True, stable=True)
-    best_values, best_ids = values[:, :most].tolist(), ids[:, :most].tolist()
-    return [
-        TokenLogprob(token, chosen[i], tuple(zip(best_ids[i][:count], best_values[i][:count], strict=True)))
-        for i, (token, count) in enumerate(zip(tokens, alternatives, strict=True))
-    ]
-
-
-@torch.inference_mode()
-def score_prompt(chunk: Chunk, logits: Tensor) -> list[TokenLogprob]:
-    """Log probabilities of the prompt tokens that follow each row of ``logits [length, vocabulary]``; the row of the
-    last prompt token predicts the completion and is left out."""
-    following = chunk.sequence.prompt[chunk.start + 1 : chunk.end + 1]
-    if not following:
-        return []
-    alternatives = chunk.sequence.sampling.prompt_logprobs or 0
-    return _score(logits[: len(following)], list(following), [alternatives] * len(following))
+    values, ids = torch.sort(logprobs, dim=1, descending=True, stable=True) if best else (logprobs, logprobs)
+    return logprobs.gather(1, tokens[:, None]).squeeze(1), ids[:, :best], values[:, :best]

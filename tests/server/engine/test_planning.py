@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.native import Kernels
 from model.tokenizer import Tokenizer
 from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer
@@ -102,8 +103,8 @@ def test_text_ends_before_the_first_stop_string(tokenizer: Tokenizer, text: str,
         assert text.startswith(said) and detokenizer.stopped is not None
 
 
-def test_a_sampled_row_does_not_depend_on_its_companions() -> None:
-    generator, sampler = torch.Generator().manual_seed(0), Sampler(None)
+def test_a_sampled_row_does_not_depend_on_its_companions(kernels: Kernels | None) -> None:
+    generator, sampler = torch.Generator().manual_seed(0), Sampler(None, kernels)
     variants = [
         SamplingParams(seed=1, logprobs=3),
         SamplingParams(seed=2, top_k=5, logprobs=0),
@@ -134,8 +135,8 @@ def test_a_sampled_row_does_not_depend_on_its_companions() -> None:
         (SamplingParams(seed=0, top_k=1, min_tokens=1, stop_token_ids=(6,)), {5}),
     ],
 )
-def test_truncation_keeps_the_best(params: SamplingParams, allowed: set[int]) -> None:
+def test_truncation_keeps_the_best(params: SamplingParams, allowed: set[int], kernels: Kernels | None) -> None:
     logits = torch.tensor([[0.0, 0.5, 1.0, 1.5, 2.0, 5.0, 6.0]])
     sequence = Sequence(EngineRequest("r", ((1,),), params), 0, 0)
-    drawn = {Sampler(None).sample(logits, (Chunk(sequence, 0, 1),))[0].token_id for _ in range(200)}
+    drawn = {Sampler(None, kernels).sample(logits, (Chunk(sequence, 0, 1),))[0].token_id for _ in range(200)}
     assert drawn == allowed
