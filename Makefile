@@ -43,11 +43,14 @@ check: setup  ## all that CI checks, but for the slow tests
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q
 
-gpu-check: setup  ## the tests that need a CUDA device
+gpu-check: setup  ## tests and benchmarks on a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 		echo "make gpu-check needs a CUDA device and a torch built for CUDA; there is not both here. Nothing was tested." >&2; \
 		exit 1; }
 	$(BIN)/pytest -q -m cuda
+	$(BIN)/motserve bench kernel --device cuda --dtype bfloat16 --shape mot-medium --json
+	$(BIN)/motserve bench engine --device cuda --dtype float32 --concurrency 1,32,256 --json
+	$(BIN)/motserve bench engine --device cuda --dtype bfloat16 --shape mot-medium --concurrency 1,32,256 --json
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import torch
 
 from model import reference
 from model.errors import TrainingError
-from model.evaluate import Evaluation, Evaluator
+from model.evaluate import Evaluation, Evaluator, Opened
+from model.native import Kernels
 from model.transformer import Transformer
 
 PRIVATE_FILE = "private.json"
@@ -45,6 +46,21 @@ def record_crowd(model: Transformer, stream: np.ndarray, folder: Path, *, seed: 
     crowd = reference.load(folder, model)
     assert crowd is not None, "the crowd was just written"
     return crowd
+
+
+def best_crowd(
+    opened: Opened, stream: np.ndarray, folder: Path, seeds: Iterable[int], kernels: Kernels | None
+) -> Iterator[tuple[int, float]]:
+    """Every seed and the perplexity of private rows beside its crowd, with all experts; in the end the crowd of the
+    best seed is the one recorded in ``folder``."""
+    found = []
+    for seed in seeds:
+        crowd = record_crowd(opened.model, stream, folder, seed=seed)
+        evaluator = opened.evaluator(crowd, kernels)
+        temperature = opened.model.config.temperature
+        found.append((evaluator.run("private", temperature=temperature, skip_below=0).perplexity, seed))
+        yield seed, found[-1][0]
+    record_crowd(opened.model, stream, folder, seed=min(found)[1])
 
 
 def candidates(evaluator: Evaluator, mixed: Evaluation) -> Iterator[Candidate]:

@@ -20,6 +20,7 @@ from model.data import encode_corpus, read_text
 from model.errors import CheckpointError, TrainingError
 from model.groups import Fill, PrivateRows
 from model.mixing import WholeSequences
+from model.native import Kernels
 from model.reference import ReferenceCrowd
 from model.tokenizer import Tokenizer
 from model.transformer import Mix, Transformer
@@ -59,10 +60,18 @@ def windows_of(stream: np.ndarray, length: int, most: int | None = None) -> Tens
 
 
 class Evaluator:
-    """Scores the same windows in every mode, so that perplexities compare."""
+    """Scores the same windows in every mode, so that perplexities compare. ``kernels`` None: the plain path, which is
+    slow at private rows."""
 
-    def __init__(self, model: Transformer, windows: Tensor, fill: Fill, tokenizer: Tokenizer | None) -> None:
-        self.model, self.config, self.fill = model, model.config, fill
+    def __init__(
+        self,
+        model: Transformer,
+        windows: Tensor,
+        fill: Fill,
+        tokenizer: Tokenizer | None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.model, self.config, self.fill, self._kernels = model, model.config, fill, kernels
         # Mixing is measured in full groups only: as many windows as fill them.
         full = windows.shape[0] - windows.shape[0] % (self.config.group_size if self.config.is_mot else 1)
         if not full:
@@ -111,6 +120,7 @@ class Evaluator:
                 temperatures=rows * temperature,
                 skip_below=rows * skip_below,
                 live=rows.bool(),
+                kernels=self._kernels,
             )
         else:
             mix = WholeSequences(self.config, count, pad=mode != "alone")
@@ -139,10 +149,10 @@ class Opened:
     def encode(self, data: Path) -> np.ndarray:
         return encode_corpus(self.tokenizer, read_text(data))
 
-    def evaluator(self, crowd: ReferenceCrowd | None) -> Evaluator:
+    def evaluator(self, crowd: ReferenceCrowd | None, kernels: Kernels | None = None) -> Evaluator:
         config = self.model.config
         fill = Fill.build("reference", config, self.model.banks, crowd) if config.is_mot else Fill("none", None)
-        return Evaluator(self.model, self.windows, fill, self.tokenizer)
+        return Evaluator(self.model, self.windows, fill, self.tokenizer, kernels)
 
 
 def open_for_scoring(folder: Path, data: Path, *, windows: int | None) -> Opened:

@@ -68,22 +68,34 @@ def calibrate(
     data: Annotated[Path, typer.Option(help="Text that anyone may see: the crowd comes from it.")],
     validation: Annotated[Path, typer.Option(help="Held-out text on which the default pair is chosen.")],
     windows: Annotated[int, typer.Option(min=1, help="Windows of validation text to judge on.")] = 96,
-    seed: int = 0,
+    crowds: Annotated[
+        int, typer.Option(min=1, help="Crowds to try; the one beside which private rows do best stays.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first crowd; the others follow.")] = 0,
+    kernels: Annotated[str, typer.Option(help="auto, native or plain.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Record the reference crowd and pick the default private temperature and skip threshold."""
     from model import calibrate as calibration
+    from model import reference
     from model.evaluate import open_for_scoring
+    from server.loading import resolve_kernels
 
     with told(), progress("calibrating") as (bar, task):
         opened = open_for_scoring(model, validation, windows=windows)
-        crowd = calibration.record_crowd(opened.model, opened.encode(data), model, seed=seed)
-        evaluator = opened.evaluator(crowd)
+        native = resolve_kernels(kernels, opened.model.device)
+        seeds = range(seed, seed + crowds)
+        for tested, perplexity in calibration.best_crowd(opened, opened.encode(data), model, seeds, native):
+            bar.update(task, completed=(tested - seed + 1) / crowds / 2)
+            print_result({"crowd": tested, "perplexity": perplexity}, as_json=as_json)
+        crowd = reference.load(model, opened.model)
+        assert crowd is not None, "the crowd was just written"
+        evaluator = opened.evaluator(crowd, native)
         mixed = evaluator.run("mixed", temperature=0, skip_below=0)
         tried = []
         for number, candidate in enumerate(calibration.candidates(evaluator, mixed), 1):
             tried.append(candidate)
-            bar.update(task, completed=min(0.99, number / 10), note=f"ratio {candidate.ratio:.4f}")
+            bar.update(task, completed=min(0.99, 0.5 + number / 20), note=f"ratio {candidate.ratio:.4f}")
             print_result({"mode": "private", **vars(candidate)}, as_json=as_json)
         chosen = calibration.choose(tried)
         calibration.save_pair(chosen, model)
@@ -102,12 +114,13 @@ def evaluate(
     ] = None,
     private_temperature: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
     private_skip_below: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    kernels: Annotated[str, typer.Option(help="auto, native or plain.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity and bits per byte of a checkpoint in each way that the server can run it."""
     from model import reference
     from model.evaluate import MODES, open_for_scoring
-    from server.loading import DEMO, load_privacy
+    from server.loading import DEMO, load_privacy, resolve_kernels
 
     with told(), progress("evaluating") as (bar, task):
         unknown = [name for name in mode or () if name not in MODES]
@@ -121,7 +134,7 @@ def evaluate(
         if not 0 <= temperature <= opened.model.config.temperature:
             raise ValueError(f"private_temperature must lie between 0 and {opened.model.config.temperature}")
         crowd = reference.load(folder, opened.model) if opened.model.config.is_mot else None
-        evaluator = opened.evaluator(crowd)
+        evaluator = opened.evaluator(crowd, resolve_kernels(kernels, opened.model.device))
         for name in MODES:
             if mode and name not in mode:
                 continue

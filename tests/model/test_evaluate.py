@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, TrainingError
 from model.evaluate import MODES, Evaluator, Mode, open_for_scoring, windows_of
 from model.groups import Fill
+from model.native import NativeUnavailable, open_kernels
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from server.engine.request import EngineRequest, Privacy, SamplingParams
@@ -178,3 +180,28 @@ def test_perplexity_of_a_known_distribution(folder: Path) -> None:
         evaluator.model.wte.weight.zero_()
     found = evaluator.run("mixed", temperature=0, skip_below=0)
     assert found.perplexity == pytest.approx(CONFIG.vocab_size, rel=1e-4)
+
+
+def test_the_best_crowd_stays(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    opened = open_for_scoring(copy, copy / "text.txt", windows=8)
+    stream = opened.encode(copy / "text.txt")
+    found = dict(calibrate.best_crowd(opened, stream, copy, range(3), None))
+    kept = reference.load(copy, opened.model)
+    again = calibrate.record_crowd(opened.model, stream, copy, seed=min(found, key=lambda seed: found[seed]))
+    assert len(found) == 3 and kept is not None and kept.fingerprint == again.fingerprint
+
+
+@pytest.mark.parametrize("mode", ["private", "private_unmixed"])
+def test_kernels_judge_as_the_plain_path_does(mode: Mode, folder: Path) -> None:
+    try:
+        kernels = open_kernels()
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+    opened = open_for_scoring(folder, folder / "text.txt", windows=8)
+    crowd = reference.load(folder, opened.model)
+    plain, native = (
+        opened.evaluator(crowd, chosen).run(mode, temperature=0.5, skip_below=0.02) for chosen in (None, kernels)
+    )
+    assert math.isclose(plain.perplexity, native.perplexity, rel_tol=1e-5)
+    assert math.isclose(plain.experts_per_token, native.experts_per_token, rel_tol=1e-2)
