@@ -73,10 +73,10 @@ class SharedGroups:
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         mixes, emit = self.mix(layer, bank, x)
-        if self._kernels is not None and self._kernels.prefers(mixes.shape[1], bank.lin1.dtype):
-            outputs = self._kernels.bank(mixes, bank.lin1, bank.lin2, bank.activation)
+        if self._kernels is not None and self._kernels.prefers(mixes.shape[1], bank):
+            outputs = self._kernels.bank(mixes, bank)
         else:
-            outputs = bank.experts(mixes.to(bank.lin1.dtype))
+            outputs = bank.experts(mixes.to(bank.controller.dtype))
         return self.redistribute(outputs, emit, x)
 
     def mix(self, layer: int, bank: ExpertBank, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,11 +165,9 @@ class PrivateRows:
         crowd = self._fill.crowd
         assert self._kernels is not None, "the plain path runs private rows apart"
         out, outputs = self._kernels.private_layer(
-            x, bank.controller, bank.lin1, bank.lin2,
-            None if crowd is None else (crowd.places[layer], crowd.scores[layer]),
+            x, bank, None if crowd is None else (crowd.places[layer], crowd.scores[layer]),
             positions=self._positions, temperatures=self._temperatures, skip_below=self._skip_below, live=self._live,
-            entropy=self.entropy, used=self.experts_used,
-            activation=bank.activation, over_experts=bank.over_experts, discrete=bank.discrete, mixes=mixes,
+            entropy=self.entropy, used=self.experts_used, mixes=mixes,
         )  # fmt: skip
         return out.to(x.dtype), outputs
 
@@ -214,13 +212,14 @@ def _sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor)
     begin = 0
     while begin < len(order):
         expert, end = order[begin], begin
+        first, second = bank.expert(expert)
         while end < len(order) and order[end] == expert and end - begin < TILE:
             end += 1
         chosen = rows[begin:end]
         tile = mixes.new_zeros(TILE, mixes.shape[2])
         tile[: end - begin] = mixes[chosen, expert]
-        hidden = activate_rows(bank.activation, tile_matmul(tile, bank.lin1[expert]))
-        answer = tile_matmul(hidden, bank.lin2[expert])[: end - begin].float()
+        hidden = activate_rows(bank.activation, tile_matmul(tile, first))
+        answer = tile_matmul(hidden, second)[: end - begin].float()
         out[chosen] += emit[chosen, expert, None] * answer
         begin = end
     return out.to(mixes.dtype)

@@ -33,7 +33,14 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
 
 
 class ExpertBank(nn.Module):
-    """Weights of one MoT layer: ``controller [D, E]``, ``lin1 [E, D, S]``, ``lin2 [E, S, D]``, no biases."""
+    """Weights of one MoT layer: ``controller [D, E]``, ``lin1 [E, D, S]``, ``lin2 [E, S, D]``, no biases.
+
+    ``quantize`` turns the experts to int8 with ``scale1 [E, S]`` and ``scale2 [E, D]``, one scale an output channel:
+    a weight is its integer times its channel's scale.
+    """
+
+    scale1: Tensor | None
+    scale2: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -44,6 +51,8 @@ class ExpertBank(nn.Module):
         self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
         self.over_experts = config.emit_softmax_over_experts
         self.discrete = config.use_discrete_routing
+        self.register_buffer("scale1", None)
+        self.register_buffer("scale2", None)
 
     def initialize(self, std: float, residual_std: float) -> None:
         nn.init.normal_(self.controller, std=std)
@@ -52,7 +61,29 @@ class ExpertBank(nn.Module):
 
     def experts(self, mixes: Tensor) -> Tensor:
         """``mixes [E, n, D]`` to ``[E, n, D]``: every expert on its own rows."""
-        return torch.bmm(self.activation(torch.bmm(mixes, self.lin1)), self.lin2)
+        if self.scale1 is None or self.scale2 is None:
+            return torch.bmm(self.activation(torch.bmm(mixes, self.lin1)), self.lin2)
+        hidden = self.activation(torch.bmm(mixes, self.lin1.to(mixes.dtype)) * self.scale1[:, None].to(mixes.dtype))
+        return torch.bmm(hidden, self.lin2.to(mixes.dtype)) * self.scale2[:, None].to(mixes.dtype)
+
+    def expert(self, number: int) -> tuple[Tensor, Tensor]:
+        """One expert's two matrices ``[D, S]`` and ``[S, D]``, in the type of the controller."""
+        first, second, dtype = self.lin1[number], self.lin2[number], self.controller.dtype
+        if self.scale1 is None or self.scale2 is None:
+            return first, second
+        return (first * self.scale1[number]).to(dtype), (second * self.scale2[number]).to(dtype)
+
+    def quantize(self) -> None:
+        """Round the experts to int8, symmetric about zero, in place. Not to be trained afterwards."""
+        self.lin1, self.scale1 = _to_int8(self.lin1)
+        self.lin2, self.scale2 = _to_int8(self.lin2)
+
+
+def _to_int8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
+    """``weight [E, in, out]`` to integers from -127 to 127 and float32 scales ``[E, out]``."""
+    scale = weight.detach().abs().amax(1).float().clamp_(min=1e-30) / 127
+    rounded = torch.stack([(one.float() / by).round_().to(torch.int8) for one, by in zip(weight, scale, strict=True)])
+    return nn.Parameter(rounded, requires_grad=False), scale
 
 
 def _one_hot_at_maximum(values: Tensor, dim: int) -> Tensor:

@@ -49,6 +49,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["none", "int8"] = Field("none", description="int8: expert weights with a scale a channel")
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's choice")
     kernels: Literal["auto", "native", "plain"] = Field(
         "auto", description="native: compiled row-wise kernels (CPU, needs a C++ compiler); auto: where they are there"

@@ -47,9 +47,11 @@ class Loaded:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Raises ValueError naming ``device`` when it is not there."""
+    """Raises ValueError naming ``device`` when it is not there or unknown."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device: {name!r} is not one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda is not available on this machine")
     return torch.device(name)
@@ -57,15 +59,20 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto``: bfloat16 where the machine computes in it, float32 elsewhere (CPUs without AMX or AVX512-BF16 are
-    many times slower in bfloat16)."""
+    many times slower in bfloat16). Raises ValueError naming ``dtype`` for another name."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        if name not in known:
+            raise ValueError(f"dtype: {name!r} is not one of auto, float32, bfloat16")
+        return known[name]
     return torch.bfloat16 if device.type == "cuda" or computes_in_bfloat16() else torch.float32
 
 
 def resolve_kernels(name: str, device: torch.device) -> Kernels | None:
     """The compiled kernels, or None for the plain path; the log says which and why. Raises ValueError naming
-    ``kernels`` when native ones were asked for and cannot be had."""
+    ``kernels`` when native ones were asked for and cannot be had, or for another name."""
+    if name not in ("auto", "native", "plain"):
+        raise ValueError(f"kernels: {name!r} is not one of auto, native, plain")
     try:
         if name == "plain":
             raise NativeUnavailable("as asked for")
@@ -113,6 +120,14 @@ def build_fill(settings: Settings, folder: Path, model: Transformer) -> Fill:
     return Fill.build(settings.group_fill, model.config, model.banks, crowd)
 
 
+def quantize_experts(model: Transformer) -> None:
+    """Experts to int8, layer by layer. Raises ValueError for a model that has none."""
+    if not model.banks:
+        raise ValueError("quantize: int8 is for the experts of a Mixture-of-Tokens model, which this one is not")
+    for bank in model.banks:
+        bank.quantize()
+
+
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     """Raises CheckpointError when the tokenizer has ids that the model lacks."""
     tokenizer = Tokenizer.load(folder)
@@ -132,6 +147,8 @@ def load(settings: Settings) -> Loaded:
     device = resolve_device(settings.device)
     model = load_model(folder, device=device, dtype=resolve_dtype(settings.dtype, device))
     config = model.config
+    if settings.quantize == "int8":
+        quantize_experts(model)
     fill = build_fill(settings, folder, model)
     engine = build_engine(settings, model, fill, load_tokenizer(folder, config))
     info = EngineInfo(
@@ -145,11 +162,13 @@ def load(settings: Settings) -> Loaded:
         reference_fingerprint=fill.crowd.fingerprint if fill.crowd is not None else None,
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
+        quantized=None if settings.quantize == "none" else settings.quantize,
         parameters=model.parameter_count,
         end_of_text=config.eos_token_id,
     )
     groups = engine.grouping.max_groups
-    _log.info("%s: %s, %s, %d decode groups before merging", folder.name, info.dtype, info.device, groups)
+    experts = "" if settings.quantize == "none" else f", experts in {settings.quantize}"
+    _log.info("%s: %s%s, %s, %d decode groups before merging", folder.name, info.dtype, experts, info.device, groups)
     name = settings.served_model_name or (folder.resolve().name if settings.model else "motserve-demo")
     return Loaded(AsyncEngine(engine, info, max_waiting=settings.max_waiting), name, folder)
 
@@ -165,8 +184,7 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
     blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     kernels = resolve_kernels(settings.kernels, model.device)
     if kernels is not None and config.is_mot:
-        bank = model.banks[0]
-        kernels.measure(bank.lin1, bank.lin2, bank.activation)
+        kernels.measure(model.banks[0])
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
     max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)

@@ -170,6 +170,7 @@ class Api:
                 "private_skip_below": info.default_privacy.skip_below,
                 "device": info.device,
                 "dtype": info.dtype,
+                "quantized": info.quantized,
                 "tokenizer": self._engine.tokenizer is not None,
             },
         }
@@ -186,6 +187,7 @@ def system_fingerprint(info: EngineInfo) -> str:
         info.reference_fingerprint,
         info.device,
         info.dtype,
+        info.quantized,
     )
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 

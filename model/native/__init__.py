@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.layers import Projection
-from model.mixing import ACTIVATION_FUNCTIONS, Activation
+from model.mixing import ACTIVATION_FUNCTIONS, Activation, ExpertBank
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-ffp-contract=off")
@@ -36,6 +36,7 @@ _KINDS = {
 }
 
 
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of experts, as kernels.cpp numbers them
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
 
@@ -55,12 +56,12 @@ class _PrivateLayer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "D", "E", "S", "places", "members")),
-        *((name, ctypes.c_int32) for name in ("activation", "over_experts", "discrete", "half")),
+        *((name, ctypes.c_int32) for name in ("activation", "over_experts", "discrete", "weights", "half")),
         *(
             (name, ctypes.c_void_p)
             for name in (
                 "x", "own", "crowd", "crowd_scores", "positions", "temperatures", "skip_below", "live", "lin1", "lin2",
-                "out", "entropy", "used",
+                "scale1", "scale2", "out", "entropy", "used",
             )
         ),
         ("groups", ctypes.c_int64),
@@ -85,26 +86,27 @@ class Kernels:
         self._few_groups = _FEW_GROUPS
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         self._linear = _function(loaded, "motserve_linear", [pointer] * 4 + [wide] * 3 + [number] * 2)
-        self._bank = _function(loaded, "motserve_bank", [pointer] * 4 + [wide] * 4 + [number] * 2)
+        self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 4 + [number] * 2)
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
         self._attend = _function(loaded, "motserve_attend", [pointer] * 6 + [wide] * 5 + [number])
         self._draw = _function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
         self._score = _function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
         self._activate = _function(loaded, "motserve_activate", [pointer, wide, number])
 
-    def prefers(self, groups: int, dtype: torch.dtype) -> bool:
+    def prefers(self, groups: int, bank: ExpertBank) -> bool:
         """Whether ``bank`` is the faster way for so many groups: weights are read at the speed of memory for few;
         many are computed at the speed of torch's batched product, where the processor computes in that type."""
-        return groups <= self._few_groups or (dtype is torch.bfloat16 and not self._fast_bfloat16)
+        dtype = bank.lin1.dtype
+        slow = dtype is torch.int8 or (dtype is torch.bfloat16 and not self._fast_bfloat16)  # in torch
+        return groups <= self._few_groups or slow
 
-    def measure(self, lin1: Tensor, lin2: Tensor, activation: Activation) -> int:
+    def measure(self, bank: ExpertBank) -> int:
         """Find out up to how many groups ``bank`` is the faster way for such experts on this machine."""
         self._few_groups = 1
         for groups in _TRIED_GROUPS:
-            mixes = torch.zeros(lin1.shape[0], groups, lin1.shape[1])
-            cast = mixes.to(lin1.dtype)
-            ours = _fastest(partial(self.bank, mixes, lin1, lin2, activation))
-            theirs = _fastest(partial(_batched, cast, lin1, lin2, activation))
+            mixes = torch.zeros(bank.lin1.shape[0], groups, bank.lin1.shape[1])
+            ours = _fastest(partial(self.bank, mixes, bank))
+            theirs = _fastest(partial(bank.experts, mixes.to(bank.controller.dtype)))
             if ours > theirs:
                 break
             self._few_groups = groups
@@ -129,22 +131,22 @@ class Kernels:
         self._activate(x.data_ptr(), x.numel(), activation_kind(activation))
         return x
 
-    def bank(self, mixes: Tensor, lin1: Tensor, lin2: Tensor, activation: Activation) -> Tensor:
-        """``mixes [E, n, D]`` through their experts ``lin1 [E, D, S]``, ``lin2 [E, S, D]``: float32 ``[E, n, D]``."""
+    def bank(self, mixes: Tensor, bank: ExpertBank) -> Tensor:
+        """``mixes [E, n, D]`` through their experts: float32 ``[E, n, D]``, as ``ExpertBank.experts`` does."""
         mixes = mixes.float().contiguous()
         experts, rows, width = mixes.shape
-        assert lin1.is_contiguous() and lin2.is_contiguous() and lin1.shape[:2] == (experts, width)
+        lin1, lin2, scale1, scale2 = _experts(bank)
+        assert bank.lin1.shape[:2] == (experts, width)
         out = torch.empty_like(mixes)
         self._bank(
-            mixes.data_ptr(), lin1.data_ptr(), lin2.data_ptr(), out.data_ptr(),
-            experts, rows, width, lin1.shape[2], activation_kind(activation), _half(lin1),
+            mixes.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(),
+            experts, rows, width, bank.lin1.shape[2], activation_kind(bank.activation), _TYPES[bank.lin1.dtype],
         )  # fmt: skip
         return out
 
     def private_layer(
-        self, x: Tensor, controller: Tensor, lin1: Tensor, lin2: Tensor, crowd: tuple[Tensor, Tensor] | None,
-        *, positions: Tensor, temperatures: Tensor, skip_below: Tensor, live: Tensor, entropy: Tensor, used: Tensor,
-        activation: Activation, over_experts: bool, discrete: bool, mixes: Tensor,
+        self, x: Tensor, bank: ExpertBank, crowd: tuple[Tensor, Tensor] | None, *, positions: Tensor,
+        temperatures: Tensor, skip_below: Tensor, live: Tensor, entropy: Tensor, used: Tensor, mixes: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One MoT layer for private rows ``x [n, D]``: see ``groups.PrivateRows``, which is its plain twin. ``crowd``:
         one layer's ``[P, G, D]`` and scores ``[P, E, G]``. Adds to ``entropy`` and ``used [n]``; float32 ``[n, D]``.
@@ -152,18 +154,20 @@ class Kernels:
         x = x.float().contiguous()
         mixes = mixes.float().contiguous()
         outputs = torch.empty_like(mixes)
-        own = self.linear(x, controller, None, by_output=False)
+        own = self.linear(x, bank.controller, None, by_output=False)
         out = torch.empty_like(x)
         members, scores = crowd if crowd is not None else (own, own)
-        assert lin1.is_contiguous() and lin2.is_contiguous() and members.is_contiguous() and scores.is_contiguous()
+        assert members.is_contiguous() and scores.is_contiguous()
+        lin1, lin2, scale1, scale2 = _experts(bank)
         layer = _PrivateLayer(
-            n=x.shape[0], D=x.shape[1], E=lin1.shape[0], S=lin1.shape[2],
+            n=x.shape[0], D=x.shape[1], E=bank.lin1.shape[0], S=bank.lin1.shape[2],
             places=members.shape[0] if crowd is not None else 1,
             members=members.shape[1] if crowd is not None else 0,
-            activation=activation_kind(activation), over_experts=over_experts, discrete=discrete, half=_half(lin1),
+            activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
+            weights=_TYPES[bank.lin1.dtype], half=_half(members),
             x=x.data_ptr(), own=own.data_ptr(), crowd=members.data_ptr(), crowd_scores=scores.data_ptr(),
             positions=positions.data_ptr(), temperatures=temperatures.data_ptr(), skip_below=skip_below.data_ptr(),
-            live=live.data_ptr(), lin1=lin1.data_ptr(), lin2=lin2.data_ptr(), out=out.data_ptr(),
+            live=live.data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2, out=out.data_ptr(),
             entropy=entropy.data_ptr(), used=used.data_ptr(),
             groups=mixes.shape[1], mixes=mixes.data_ptr(), outputs=outputs.data_ptr(),
         )  # fmt: skip
@@ -230,11 +234,6 @@ def _function(library: ctypes.CDLL, name: str, arguments: Sequence[object]) -> C
     return found  # type: ignore[no-any-return]
 
 
-def _batched(mixes: Tensor, lin1: Tensor, lin2: Tensor, activation: Activation) -> Tensor:
-    """The plain way: ``ExpertBank.experts``."""
-    return torch.bmm(activation(torch.bmm(mixes, lin1)), lin2)
-
-
 def _fastest(work: Callable[[], object]) -> float:
     """Seconds, the best of a few."""
     times = []
@@ -243,6 +242,16 @@ def _fastest(work: Callable[[], object]) -> float:
         work()
         times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+def _experts(bank: ExpertBank) -> tuple[int, int, int | None, int | None]:
+    """Where the experts' weights and scales lie."""
+    tensors = (bank.lin1, bank.lin2, bank.scale1, bank.scale2)
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    assert bank.scale1 is None or bank.scale1.dtype is torch.float32
+    first, second, scale1, scale2 = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    assert first is not None and second is not None
+    return first, second, scale1, scale2
 
 
 def _half(weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 // Row-wise kernels of the decoder for CPUs: every row of a result is computed by the same sequence of operations,
-// whatever rows stand beside it and however many there are. Sums run in float32; weights are float32 or bfloat16.
+// whatever rows stand beside it and however many there are. Sums run in float32; weights are float32 or bfloat16,
+// experts also int8 with a scale an output.
 // Multiply-adds that are fused are written so (`fused`), and the compiler is told to fuse no others: it would choose
 // anew for each number of rows.
 //
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX2__
@@ -31,6 +33,7 @@ struct bf16 {
 #endif
 constexpr long LANES = MOTSERVE_LANES;
 typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int8_t byte_bits __attribute__((vector_size(LANES)));
 typedef uint16_t half_bits __attribute__((vector_size(LANES * 2)));
 typedef uint32_t full_bits __attribute__((vector_size(LANES * 4)));
 constexpr long SERIAL = 1 << 15;  // multiplications below which threads cost more than they bring
@@ -50,7 +53,15 @@ inline vec load(const bf16* p) {
     return v;
 }
 
+inline vec load(const int8_t* p) {
+    byte_bits b;
+    std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, vec);
+}
+
 inline float value(const float* p) { return *p; }
+
+inline float value(const int8_t* p) { return *p; }
 
 inline float value(const bf16* p) {
     uint32_t wide = uint32_t(p->bits) << 16;
@@ -284,25 +295,42 @@ void activate(float* x, long count, int kind) {
     }
 }
 
-// One expert on its rows: hidden [rows, S] is scratch.
+// The experts of one layer. Scales, by output, are for int8 weights; null otherwise.
 template <class W>
-void expert(const float* const* in, float* const* out, long rows, const W* lin1, const W* lin2, long D, long S,
-            float* hidden, int activation) {
-    const auto to = row_pointers(hidden, rows, S);
-    row_products(in, rows, lin1, D, S, 0, S, to.data());
-    activate(hidden, rows * S, activation);
-    const std::vector<const float*> from(to.begin(), to.end());
-    row_products(from.data(), rows, lin2, S, D, 0, D, out);
-}
+struct Experts {
+    const W* lin1;        // [E, D, S]
+    const W* lin2;        // [E, S, D]
+    const float* scale1;  // [E, S]
+    const float* scale2;  // [E, D]
+    long D, S;
+    int activation;
+
+    // Expert e on its rows: hidden [rows, S] is scratch.
+    void run(long e, const float* const* in, float* const* out, long rows, float* hidden) const {
+        const auto to = row_pointers(hidden, rows, S);
+        row_products(in, rows, lin1 + e * D * S, D, S, 0, S, to.data());
+        if (scale1 != nullptr) scale(to.data(), rows, S, scale1 + e * S);
+        activate(hidden, rows * S, activation);
+        const std::vector<const float*> from(to.begin(), to.end());
+        row_products(from.data(), rows, lin2 + e * S * D, S, D, 0, D, out);
+        if (scale2 != nullptr) scale(out, rows, D, scale2 + e * D);
+    }
+
+    static void scale(float* const* x, long rows, long columns, const float* by) {
+        for (long r = 0; r < rows; ++r)
+            for (long j = 0; j < columns; ++j) x[r][j] *= by[j];
+    }
+};
 
 template <class W>
-void bank(const float* mixes, const W* lin1, const W* lin2, float* out, long E, long n, long D, long S, int activation) {
+void bank(const Experts<W>& experts, const float* mixes, float* out, long E, long n) {
+    const long D = experts.D;
 #pragma omp parallel for schedule(dynamic, 1)
     for (long e = 0; e < E; ++e) {
-        std::vector<float> hidden(n * S);
+        std::vector<float> hidden(n * experts.S);
         const auto from = row_pointers(mixes + e * n * D, n, D);
         const auto to = row_pointers(out + e * n * D, n, D);
-        expert(from.data(), to.data(), n, lin1 + e * D * S, lin2 + e * S * D, D, S, hidden.data(), activation);
+        experts.run(e, from.data(), to.data(), n, hidden.data());
     }
 }
 
@@ -314,7 +342,8 @@ extern "C" {
 struct PrivateLayer {
     int64_t n, D, E, S;
     int64_t places, members;  // of the crowd: positions it has, members of a group; 0 members: no crowd
-    int32_t activation, over_experts, discrete, half;
+    int32_t activation, over_experts, discrete;
+    int32_t weights, half;  // type of the experts; whether the crowd is bfloat16
     const float* x;            // [n, D]
     const float* own;          // [n, E] scores
     const void* crowd;         // [places, members, D], the first member gives way to the row
@@ -325,6 +354,8 @@ struct PrivateLayer {
     const uint8_t* live;
     const void* lin1;
     const void* lin2;
+    const float* scale1;
+    const float* scale2;
     float* out;       // [n, D]
     float* entropy;   // [n], added to
     int64_t* used;    // [n], added to
@@ -344,8 +375,8 @@ struct Pair {
 };
 
 // Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
-template <class W>
-float mixing_weights(const PrivateLayer& l, long row, const W* scores, float* merge, float* emit) {
+template <class C>
+float mixing_weights(const PrivateLayer& l, long row, const C* scores, float* merge, float* emit) {
     const long rivals = l.members > 0 ? l.members - 1 : 0, size = rivals + 1;
     const float T = l.temperatures[row];
     const float* own = l.own + row * l.E;
@@ -353,7 +384,7 @@ float mixing_weights(const PrivateLayer& l, long row, const W* scores, float* me
     double spent = 0;
     for (long e = 0; e < l.E; ++e) {
         float* m = merge + e * size;
-        const W* theirs = scores + e * l.members + 1;
+        const C* theirs = scores + e * l.members + 1;
         float best = -std::numeric_limits<float>::infinity();
         long holder = 0;
         for (long j = 0; j < rivals; ++j) {
@@ -396,8 +427,8 @@ float mixing_weights(const PrivateLayer& l, long row, const W* scores, float* me
 }
 
 // The mix that one expert sees: the row and its rivals by their weights, in order.
-template <class W>
-void mix(const PrivateLayer& l, long row, const W* crowd, const float* merge, float* out) {
+template <class C>
+void mix(const PrivateLayer& l, long row, const C* crowd, const float* merge, float* out) {
     const float* x = l.x + row * l.D;
     if (l.temperatures[row] == 0) {
         std::copy(x, x + l.D, out);
@@ -405,18 +436,20 @@ void mix(const PrivateLayer& l, long row, const W* crowd, const float* merge, fl
     }
     for (long d = 0; d < l.D; ++d) out[d] = merge[0] * x[d];
     for (long j = 1; j < l.members; ++j) {
-        const W* member = crowd + j * l.D;
+        const C* member = crowd + j * l.D;
         const float w = merge[j];
         for (long d = 0; d < l.D; ++d) out[d] = fused(w, value(member + d), out[d]);
     }
 }
 
-template <class W>
+template <class W, class C>
 void private_layer(const PrivateLayer& l) {
+    const Experts<W> experts{static_cast<const W*>(l.lin1), static_cast<const W*>(l.lin2), l.scale1, l.scale2,
+                             long(l.D), long(l.S), l.activation};
     const long size = l.members > 0 ? l.members : 1;
     std::vector<float> emit(l.n * l.E), merge(l.n * l.E * size);
-    const W* crowd = static_cast<const W*>(l.crowd);
-    const W* scores = static_cast<const W*>(l.crowd_scores);
+    const C* crowd = static_cast<const C*>(l.crowd);
+    const C* scores = static_cast<const C*>(l.crowd_scores);
     auto place = [&](long row) { return l.places > 1 ? l.positions[row] : 0; };
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < l.n; ++row) {
@@ -440,13 +473,11 @@ void private_layer(const PrivateLayer& l) {
 #pragma omp parallel for schedule(dynamic, 1)
     for (long e = 0; e < l.E; ++e) {
         const long count = first[e + 1] - first[e];
-        const W* lin1 = static_cast<const W*>(l.lin1) + e * l.D * l.S;
-        const W* lin2 = static_cast<const W*>(l.lin2) + e * l.S * l.D;
         std::vector<float> hidden(std::max(count, long(l.groups)) * l.S), mixes(count * l.D);
         if (l.groups > 0) {
             const auto from = row_pointers(l.mixes + e * l.groups * l.D, l.groups, l.D);
             const auto to = row_pointers(l.outputs + e * l.groups * l.D, l.groups, l.D);
-            expert(from.data(), to.data(), l.groups, lin1, lin2, l.D, l.S, hidden.data(), l.activation);
+            experts.run(e, from.data(), to.data(), l.groups, hidden.data());
         }
         if (count == 0) continue;
         for (long i = 0; i < count; ++i) {
@@ -456,7 +487,7 @@ void private_layer(const PrivateLayer& l) {
         }
         const auto from = row_pointers(static_cast<const float*>(mixes.data()), count, l.D);
         const auto to = row_pointers(&answers[first[e] * l.D], count, l.D);
-        expert(from.data(), to.data(), count, lin1, lin2, l.D, l.S, hidden.data(), l.activation);
+        experts.run(e, from.data(), to.data(), count, hidden.data());
     }
     std::fill(l.out, l.out + l.n * l.D, 0.0f);
     // Experts in ascending order for every row; threads share rows out, never one row's sum.
@@ -622,15 +653,23 @@ void motserve_linear(const float* x, const void* weight, const float* bias, floa
     else linear(x, static_cast<const float*>(weight), bias, out, rows, K, N, by_output);
 }
 
-void motserve_bank(const float* mixes, const void* lin1, const void* lin2, float* out, int64_t E, int64_t n, int64_t D,
-                   int64_t S, int32_t activation, int32_t half) {
-    if (half) bank(mixes, static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2), out, E, n, D, S, activation);
-    else bank(mixes, static_cast<const float*>(lin1), static_cast<const float*>(lin2), out, E, n, D, S, activation);
+// weights: 0 float32, 1 bfloat16, 2 int8
+void motserve_bank(const float* mixes, const void* lin1, const void* lin2, const float* scale1, const float* scale2,
+                   float* out, int64_t E, int64_t n, int64_t D, int64_t S, int32_t activation, int32_t weights) {
+    const auto run = [&](auto* first, auto* second) {
+        typedef std::remove_const_t<std::remove_pointer_t<decltype(first)>> W;
+        bank(Experts<W>{first, second, scale1, scale2, long(D), long(S), activation}, mixes, out, E, n);
+    };
+    if (weights == 2) run(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
+    else if (weights == 1) run(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
+    else run(static_cast<const float*>(lin1), static_cast<const float*>(lin2));
 }
 
 void motserve_private_layer(const PrivateLayer* layer) {
-    if (layer->half) private_layer<bf16>(*layer);
-    else private_layer<float>(*layer);
+    const PrivateLayer& l = *layer;
+    if (l.weights == 2) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
+    else if (l.weights == 1) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
+    else l.half ? private_layer<float, bf16>(l) : private_layer<float, float>(l);
 }
 
 void motserve_activate(float* x, int64_t count, int32_t kind) { activate(x, count, kind); }

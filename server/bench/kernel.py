@@ -18,6 +18,7 @@ from server.bench.shapes import random_model
 from server.engine.plan import Chunk
 from server.engine.request import EngineRequest, SamplingParams, Sequence
 from server.engine.sampler import Sampler
+from server.loading import quantize_experts
 
 _LAYERS = 4  # banks that take turns, so that none is still in a cache
 _CONTEXT = 128  # tokens that attention looks back on
@@ -50,17 +51,25 @@ class KernelBench:
     """Measures one shape in one type. ``kernels`` None: the plain path, whose figures are torch's."""
 
     def __init__(
-        self, shape: str, config: ModelConfig, dtype: torch.dtype, limits: Limits, kernels: Kernels | None
+        self,
+        shape: str,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        limits: Limits,
+        kernels: Kernels | None,
+        *,
+        quantized: bool = False,
     ) -> None:
-        self._named: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+        self._named: dict[str, Any] = {"shape": shape, "dtype": "int8" if quantized else str(dtype).split(".")[1]}
         self._config = config.replace(n_layer=min(config.n_layer, _LAYERS), vocab_size=min(config.vocab_size, 8192))
         self._vocabulary, self._limits, self._kernels = config.vocab_size, limits, kernels
         self._model, self._fill = random_model(self._config, dtype=dtype, device=torch.device(limits.device))
         self._banks = self._model.banks
         self._turn = 0
+        if quantized:
+            quantize_experts(self._model)
         if kernels is not None:
-            bank = self._banks[0]
-            kernels.measure(bank.lin1, bank.lin2, bank.activation)
+            kernels.measure(self._banks[0])
 
     @torch.inference_mode()
     def run(self, groups: list[int], modes: list[str]) -> Iterator[KernelResult]:
@@ -76,15 +85,14 @@ class KernelBench:
         """Mixes through all experts."""
         bank = self._banks[0]
         mixes = torch.randn(bank.lin1.shape[0], count, bank.lin1.shape[1], device=bank.lin1.device)
-        cast = mixes.to(bank.lin1.dtype)
+        cast = mixes.to(bank.controller.dtype)
         plain = self._time(lambda: self._next()[1].experts(cast))
         taken = plain
-        if self._kernels is not None and self._kernels.prefers(count, bank.lin1.dtype):
+        if self._kernels is not None and self._kernels.prefers(count, bank):
             kernels = self._kernels
 
             def native() -> Tensor:
-                _, chosen = self._next()
-                return kernels.bank(mixes, chosen.lin1, chosen.lin2, chosen.activation)
+                return kernels.bank(mixes, self._next()[1])
 
             taken = self._time(native)
         read, operations = _bytes(bank.lin1, bank.lin2), 2 * count * (bank.lin1.numel() + bank.lin2.numel())

@@ -39,6 +39,7 @@ def engine(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str = "none",
     kernels: str = "auto",
     group_fill: str = "reference",
     as_json: JsonOption = False,
@@ -49,12 +50,12 @@ def engine(
     from server.bench.shapes import config_of, random_model
     from server.config import read_settings
     from server.engine.request import Privacy, RequestError
-    from server.loading import build_engine, load, resolve_device, resolve_dtype
+    from server.loading import build_engine, load, quantize_experts, resolve_device, resolve_dtype
 
     with told(), progress("measuring") as (bar, task):
         shares = _list_of("private_share", private_share, float, 0, 1)
         counts = _list_of("concurrency", concurrency, int, 1, 4096)
-        flags = {"device": device, "dtype": dtype, "kernels": kernels, "group_fill": group_fill}
+        flags = {"device": device, "dtype": dtype, "kernels": kernels, "group_fill": group_fill, "quantize": quantize}
         flags |= {"log_level": "error", "max_concurrent": max(counts), "kv_cache_memory": "4GiB"}
         settings = read_settings(flags if model is None else {**flags, "model": model}, None)
         if shape is None:
@@ -63,6 +64,8 @@ def engine(
         else:
             config, on = config_of(shape), resolve_device(device)
             weights, fill = random_model(config, dtype=resolve_dtype(dtype, on), device=on)
+            if settings.quantize == "int8":
+                quantize_experts(weights)
             tested, default = build_engine(settings, weights, fill, None), Privacy(config.temperature, 0.01)
         if private_temperature is not None:
             default = Privacy(private_temperature, 0.0 if private_temperature == 0 else default.skip_below)
@@ -73,6 +76,7 @@ def engine(
                 tested, loads, limits, default, repeats=repeats, progress=lambda done: bar.update(task, completed=done)
             ):
                 named = {"shape": shape or "checkpoint", "dtype": str(tested.runner.model.dtype).split(".")[1]}
+                named["quantize"] = settings.quantize
                 print_result({**named, **result.as_dict(), **limits.as_dict()}, as_json=as_json)
         except RequestError as error:
             raise ValueError(str(error)) from None
@@ -86,7 +90,9 @@ def kernel(
     ] = None,
     groups: _Numbers = "1,2,4,8,16,32,64",
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, or int8: experts in int8, the rest by auto.")
+    ] = "auto",
     kernels: str = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -104,9 +110,9 @@ def kernel(
         if not config.is_mot:
             raise ValueError(f"shape: {shape!r} has no experts")
         counts = _list_of("groups", groups, int, 1, 4096)
-        chosen = resolve_dtype(dtype, on)
+        chosen = resolve_dtype("auto" if dtype == "int8" else dtype, on)
         limits = measure_limits(on, chosen)
-        tested = KernelBench(shape, config, chosen, limits, resolve_kernels(kernels, on))
+        tested = KernelBench(shape, config, chosen, limits, resolve_kernels(kernels, on), quantized=dtype == "int8")
         modes = [name for name in MODES if not mode or name in mode]
         for done, result in enumerate(tested.run(counts, modes), 1):
             bar.update(task, completed=done / len(modes) / len(counts))

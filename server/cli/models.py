@@ -114,13 +114,14 @@ def evaluate(
     ] = None,
     private_temperature: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
     private_skip_below: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    quantize: Annotated[str, typer.Option(help="none, or int8 for the experts' weights.")] = "none",
     kernels: Annotated[str, typer.Option(help="auto, native or plain.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity and bits per byte of a checkpoint in each way that the server can run it."""
     from model import reference
     from model.evaluate import MODES, open_for_scoring
-    from server.loading import DEMO, load_privacy, resolve_kernels
+    from server.loading import DEMO, load_privacy, quantize_experts, resolve_kernels
 
     with told(), progress("evaluating") as (bar, task):
         unknown = [name for name in mode or () if name not in MODES]
@@ -128,6 +129,10 @@ def evaluate(
             raise ValueError(f"mode: {unknown[0]!r} is not one of {', '.join(MODES)}")
         folder = model or DEMO
         opened = open_for_scoring(folder, data, windows=windows)
+        if quantize not in ("none", "int8"):
+            raise ValueError(f"quantize: {quantize!r} is neither none nor int8")
+        if quantize == "int8":
+            quantize_experts(opened.model)
         default = load_privacy(folder, opened.model.config)
         temperature = default.temperature if private_temperature is None else private_temperature
         skip_below = default.skip_below if private_skip_below is None else private_skip_below

@@ -22,6 +22,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0: any free one. [8000]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="none, or int8 for the experts' weights.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model.")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, native (compiled) or plain.")] = None,
     group_fill: Annotated[str | None, typer.Option(help="reference, zeros or none.")] = None,

@@ -36,6 +36,7 @@ class EngineInfo:
     reference_fingerprint: str | None
     device: str
     dtype: str
+    quantized: str | None  # type of the expert weights where it is another one
     parameters: int
     end_of_text: int | None  # the checkpoint's eos_token_id
 

@@ -258,10 +258,10 @@ class _Both:
         if self.shared is None:
             return self.private(layer, bank, private)
         mixes, emit = self.shared.mix(layer, bank, public)
-        together = self.kernels.prefers(mixes.shape[1], bank.lin1.dtype)
+        together = self.kernels.prefers(mixes.shape[1], bank)
         own, outputs = self.private.beside(layer, bank, private, mixes if together else mixes[:, :0])
         if not together:
-            outputs = bank.experts(mixes.to(bank.lin1.dtype))
+            outputs = bank.experts(mixes.to(bank.controller.dtype))
         return torch.cat((self.shared.redistribute(outputs, emit, public), own))
 
 
@@ -278,8 +278,8 @@ def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 5, kerne
         times = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            if kernels is not None and kernels.prefers(groups, bank.lin1.dtype):
-                kernels.bank(mixes, bank.lin1, bank.lin2, bank.activation)
+            if kernels is not None and kernels.prefers(groups, bank):
+                kernels.bank(mixes, bank)
             else:
                 bank.experts(mixes)
             if mixes.is_cuda:

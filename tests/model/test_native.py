@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from model.reference import ReferenceCrowd
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
+types = st.sampled_from([*DTYPES, torch.int8])
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +51,31 @@ def test_linear(kernels: Kernels, rows: int, inner: int, outer: int, by_output: 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    experts=st.integers(1, 9), rows=st.integers(1, 9), width=st.integers(1, 40), size=st.integers(1, 40), dtype=dtypes
+    experts=st.integers(1, 9), rows=st.integers(1, 9), width=st.integers(1, 40), size=st.integers(1, 40), dtype=types
 )
 def test_bank(kernels: Kernels, experts: int, rows: int, width: int, size: int, dtype: torch.dtype) -> None:
     mixes = _random(experts, rows, width)
-    lin1, lin2 = _random(experts, width, size, seed=1).to(dtype), _random(experts, size, width, seed=2).to(dtype)
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=width, n_layer=1, n_head=1, group_size=2, n_expert=experts,
+        expert_size=size,
+    )  # fmt: skip
+    bank = ExpertBank(config).requires_grad_(False)
+    torch.manual_seed(1)
+    bank.initialize(1, 1)
+    if dtype is torch.int8:
+        bank.quantize()
+        assert bank.scale1 is not None and bank.scale2 is not None
+        lin1, lin2 = bank.lin1 * bank.scale1[:, None], bank.lin2 * bank.scale2[:, None]
+    else:
+        bank.to(dtype)
+        lin1, lin2 = bank.lin1.float(), bank.lin2.float()
     for activation in (F.gelu, F.relu, F.silu):
-        found = kernels.bank(mixes, lin1, lin2, activation)
-        plain = torch.bmm(activation(torch.bmm(mixes, lin1.float())), lin2.float())
+        bank.activation = activation
+        found = kernels.bank(mixes, bank)
+        plain = torch.bmm(activation(torch.bmm(mixes, lin1)), lin2)
         torch.testing.assert_close(found, plain, atol=2e-3, rtol=1e-3)
+        if dtype is not torch.bfloat16:
+            torch.testing.assert_close(bank.experts(mixes), plain, atol=2e-3, rtol=1e-3)
 
 
 @settings(deadline=None, max_examples=30)
@@ -86,7 +104,7 @@ def test_attend(kernels: Kernels, rows: int, heads: int, size: int, dtype: torch
     fill=st.sampled_from(["reference", "zeros", "none"]),
     over_experts=st.booleans(),
     discrete=st.booleans(),
-    dtype=dtypes,
+    dtype=types,
     seed=st.integers(0, 1000),
 )
 def test_private_layer(
@@ -107,11 +125,15 @@ def test_private_layer(
     torch.manual_seed(seed)
     bank.initialize(0.5, 0.5)
     # Values that bfloat16 holds exactly, in a bank that computes in float32: the twins differ by rounding alone.
-    halved = [parameter.detach().to(dtype) for parameter in (bank.controller, bank.lin1, bank.lin2)]
-    with torch.no_grad():
-        for parameter, value in zip((bank.controller, bank.lin1, bank.lin2), halved, strict=True):
-            parameter.copy_(value.float())
     bank.requires_grad_(False)
+    native = copy.deepcopy(bank)
+    if dtype is torch.int8:
+        native.quantize()
+        bank.quantize()
+        dtype = torch.float32
+    else:
+        native.to(dtype)
+        bank.to(dtype).float()
     activations = _random(1, 6, group, 18, seed=seed + 1).to(dtype)
     crowd = ReferenceCrowd(activations.float(), [bank], fingerprint=None)
     crowd.scores = crowd.scores.to(dtype).float()
@@ -134,11 +156,10 @@ def test_private_layer(
         entropy.zero_()
         used.zero_()
         out, outputs = kernels.private_layer(
-            x[only], *halved, layer, **{name: value[only].contiguous() for name, value in about.items()},
-            entropy=entropy, used=used, activation=bank.activation, over_experts=over_experts, discrete=discrete,
-            mixes=groups,
+            x[only], native, layer, **{name: value[only].contiguous() for name, value in about.items()},
+            entropy=entropy, used=used, mixes=groups,
         )  # fmt: skip
-        assert torch.equal(outputs, kernels.bank(groups, *halved[1:], bank.activation))
+        assert torch.equal(outputs, kernels.bank(groups, native))
         return out
 
     singles = [run(slice(row, row + 1)) for row in range(rows)]

@@ -29,6 +29,7 @@ def info_for(tokenizer: Tokenizer | None) -> EngineInfo:
         reference_fingerprint="abc",
         device="cpu",
         dtype="float32",
+        quantized=None,
         parameters=1000,
         end_of_text=tokenizer.id_of(END_OF_TEXT) if tokenizer else None,
     )

@@ -46,6 +46,9 @@ def test_eval_prints_an_object_a_mode(trained: Path) -> None:
     results = [json.loads(line) for line in found.stdout.splitlines()]
     assert [result["mode"] for result in results] == ["mixed", "private", "private_unmixed", "zeros", "alone"]
     assert {"perplexity", "bits_per_byte", "tokens", "temperature"} <= set(results[0])
+    rounded = invoke(*arguments, "--mode", "mixed", "--quantize", "int8", "--json")
+    near = json.loads(rounded.stdout)["perplexity"]
+    assert near != results[0]["perplexity"] and abs(near / results[0]["perplexity"] - 1) < 0.005
     plain = invoke(
         "eval", "--model", trained / "out", "--data", trained / "text.txt", "--windows", 8, "--mode", "mixed"
     )

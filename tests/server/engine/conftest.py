@@ -18,6 +18,7 @@ from server.engine.grouping import GroupingPolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.request import Delta, EngineRequest
 from server.engine.scheduler import SchedulerLimits
+from server.loading import quantize_experts
 
 BuildEngine = Callable[..., Engine]
 
@@ -31,6 +32,7 @@ def build(
     blocks: int = 1500,
     max_running: int = 64,
     swap_blocks: int = 0,
+    quantize: bool = False,
 ) -> Engine:
     """Weights large enough that mixing, experts and attention all matter."""
     limits = SchedulerLimits(max_running, prefill_tokens, swap_blocks)
@@ -41,6 +43,8 @@ def build(
             if parameter.dim() > 1:
                 parameter.mul_(6)
     model = model.to(dtype).eval().requires_grad_(False)
+    if quantize:
+        quantize_experts(model)
     if not config.is_mot:
         return _engine(model, Fill("none", None), limits, kernels, blocks)
     generator = torch.Generator().manual_seed(1)

@@ -79,6 +79,20 @@ def test_private_answers_are_the_same_alone_and_in_traffic(
         assert _answer(alone[request.request_id]) == _answer(crowded[request.request_id])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_private_answers_with_experts_in_int8(
+    dtype: torch.dtype, kernels: Kernels | None, build_engine: Any, drive_engine: Any
+) -> None:
+    requests = _requests(SMALL, 8, 24)
+    crowded = drive_engine(build_engine(SMALL, dtype, kernels=kernels, quantize=True), requests, random.Random(3))
+    whole = drive_engine(build_engine(SMALL, dtype, kernels=kernels), requests, random.Random(3))
+    private = [request for request in requests if request.privacy is not None]
+    for request in private:
+        alone = drive_engine(build_engine(SMALL, dtype, kernels=kernels, quantize=True), [request])
+        assert _answer(alone[request.request_id]) == _answer(crowded[request.request_id])
+    assert any(_answer(crowded[r.request_id]) != _answer(whole[r.request_id]) for r in private), "nothing was rounded"
+
+
 def test_public_answers_do_not_depend_on_private_contents(
     kernels: Kernels | None, build_engine: Any, drive_engine: Any
 ) -> None:
