@@ -73,6 +73,19 @@ class ExpertBank(nn.Module):
             return first, second
         return (first * self.scale1[number]).to(dtype), (second * self.scale2[number]).to(dtype)
 
+    def part(self, count: int) -> ExpertBank:
+        """The first ``count`` experts by themselves, on the same memory. Not to be trained."""
+        part = ExpertBank.__new__(ExpertBank)
+        nn.Module.__init__(part)
+        for name in ("lin1", "lin2"):
+            setattr(part, name, nn.Parameter(getattr(self, name)[:count], requires_grad=False))
+        part.controller = nn.Parameter(self.controller[:, :count].contiguous(), requires_grad=False)
+        for name in ("scale1", "scale2"):
+            scale = getattr(self, name)
+            part.register_buffer(name, None if scale is None else scale[:count])
+        part.activation, part.over_experts, part.discrete = self.activation, self.over_experts, self.discrete
+        return part
+
     def quantize(self) -> None:
         """Round the experts to int8, symmetric about zero, in place. Not to be trained afterwards."""
         self.lin1, self.scale1 = _to_int8(self.lin1)

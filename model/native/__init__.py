@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ _KINDS = {
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of experts, as kernels.cpp numbers them
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
+_MEASURED_BYTES = 2**26  # of experts: beyond caches, and quickly done with
 
 
 def computes_in_bfloat16() -> bool:
@@ -96,20 +98,26 @@ class Kernels:
     def prefers(self, groups: int, bank: ExpertBank) -> bool:
         """Whether ``bank`` is the faster way for so many groups: weights are read at the speed of memory for few;
         many are computed at the speed of torch's batched product, where the processor computes in that type."""
+        return groups <= self._few_groups or self._torch_is_slow(bank)
+
+    def _torch_is_slow(self, bank: ExpertBank) -> bool:
         dtype = bank.lin1.dtype
-        slow = dtype is torch.int8 or (dtype is torch.bfloat16 and not self._fast_bfloat16)  # in torch
-        return groups <= self._few_groups or slow
+        return dtype is torch.int8 or (dtype is torch.bfloat16 and not self._fast_bfloat16)
 
     def measure(self, bank: ExpertBank) -> int:
-        """Find out up to how many groups ``bank`` is the faster way for such experts on this machine."""
-        self._few_groups = 1
-        for groups in _TRIED_GROUPS:
-            mixes = torch.zeros(bank.lin1.shape[0], groups, bank.lin1.shape[1])
-            ours = _fastest(partial(self.bank, mixes, bank))
-            theirs = _fastest(partial(bank.experts, mixes.to(bank.controller.dtype)))
-            if ours > theirs:
-                break
-            self._few_groups = groups
+        """Find out up to how many groups ``bank`` is the faster way for such experts on this machine: by halving, as
+        its advantage shrinks with their number."""
+        if self._torch_is_slow(bank):
+            return self._few_groups
+        sample = measurable_part(bank)
+
+        def ours_is_slower(groups: int) -> bool:
+            mixes = torch.zeros(sample.lin1.shape[0], groups, sample.lin1.shape[1])
+            theirs = _fastest(partial(sample.experts, mixes.to(sample.controller.dtype)))
+            return _fastest(partial(self.bank, mixes, sample)) > theirs
+
+        place = bisect_left(_TRIED_GROUPS, True, key=ours_is_slower)
+        self._few_groups = _TRIED_GROUPS[place - 1] if place else 1
         return self._few_groups
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool) -> Tensor:
@@ -235,13 +243,19 @@ def _function(library: ctypes.CDLL, name: str, arguments: Sequence[object]) -> C
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    """Seconds, the best of a few."""
+    """Seconds, the best of a few after one that does not count."""
     times = []
-    for _ in range(4):
+    for _ in range(3):
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
     return min(times[1:])
+
+
+def measurable_part(bank: ExpertBank) -> ExpertBank:
+    """As many experts as tell the time of all of them by their share."""
+    one = (bank.lin1[0].numel() + bank.lin2[0].numel()) * bank.lin1.element_size()
+    return bank.part(min(bank.lin1.shape[0], -(-_MEASURED_BYTES // one)))
 
 
 def _experts(bank: ExpertBank) -> tuple[int, int, int | None, int | None]:

@@ -27,7 +27,7 @@ from model.kv_cache import (
 )
 from model.layers import TILE
 from model.mixing import ExpertBank
-from model.native import Kernels, NativeArithmetic
+from model.native import Kernels, NativeArithmetic, measurable_part
 from model.transformer import Transformer
 from server.engine.batch import Batch, wanted_of
 from server.engine.plan import Chunk, Group, Plan
@@ -269,7 +269,7 @@ def _no_mixing(layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
     raise AssertionError("a dense model has no expert banks")
 
 
-def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 5, kernels: Kernels | None = None) -> int:
+def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 3, kernels: Kernels | None = None) -> int:
     """How many groups a step can take until computing costs as much as reading the expert weights: the time of one
     group over what each further one adds."""
 
@@ -287,6 +287,7 @@ def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 5, kerne
             times.append(time.perf_counter() - began)
         return statistics.median(times[1:])
 
+    bank = measurable_part(bank)
     with torch.inference_mode():
         one, several = seconds(1), seconds(many)
     return max(1, min(256, round(one / max((several - one) / (many - 1), 1e-9))))

@@ -78,6 +78,35 @@ def test_bank(kernels: Kernels, experts: int, rows: int, width: int, size: int, 
             torch.testing.assert_close(bank.experts(mixes), plain, atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_part_of_a_bank(quantized: bool) -> None:
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=8, n_layer=1, n_head=1, group_size=2, n_expert=5, expert_size=3
+    )
+    bank = ExpertBank(config).requires_grad_(False)
+    bank.initialize(1, 1)
+    if quantized:
+        bank.quantize()
+    mixes = _random(5, 2, 8)
+    part = bank.part(3)
+    assert part.lin1.data_ptr() == bank.lin1.data_ptr(), "no copy"
+    assert part.controller.shape == (8, 3)
+    torch.testing.assert_close(part.experts(mixes[:3]), bank.experts(mixes)[:3])
+
+
+def test_measured_preference(kernels: Kernels) -> None:
+    """What was measured is what is preferred; bfloat16 and int8 need no measuring where torch is slow at them."""
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=64, n_layer=1, n_head=1, group_size=2, n_expert=32, expert_size=32
+    )
+    bank = ExpertBank(config).requires_grad_(False)
+    bank.initialize(1, 1)
+    most = kernels.measure(bank)
+    assert kernels.prefers(most, bank) and not kernels.prefers(most + 1, bank)
+    bank.quantize()
+    assert kernels.measure(bank) == most and kernels.prefers(1000, bank)
+
+
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(1, 9), heads=st.integers(1, 4), size=st.integers(1, 40), dtype=dtypes, data=st.data())
 def test_attend(kernels: Kernels, rows: int, heads: int, size: int, dtype: torch.dtype, data: st.DataObject) -> None:
