@@ -60,9 +60,9 @@ class AnswerReader:
                 for choice in chunk["choices"]:
                     text |= bool(choice["text"])
                     tokens += len(choice.get("token_ids") or ())
-                self._usage = chunk.get("usage") or self._usage
+                self._usage = dict(chunk.get("usage") or self._usage)
                 self._private |= (chunk.get("mot") or {}).get("private") is True
-            except (AttributeError, KeyError, TypeError):
+            except (AttributeError, KeyError, TypeError, ValueError):
                 raise ProtocolError("The stream holds an object that is not a completion's chunk.") from None
         if text or tokens:
             self._arrivals.append((now - self._due, tokens or None))
