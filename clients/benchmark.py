@@ -18,13 +18,12 @@ import httpx
 from clients._load import Lengths, Load, Planned, Traffic
 from clients._results import Answer, AnswerReader, Failure, Limits, LoadResult, Outcome, summarize
 from clients._streaming import ChunkDecoder
+from clients._transport import AnswerTransport
 from clients.errors import APIError, MotserveError, error_from_response
 
 __all__ = ["Lengths", "Limits", "Load", "LoadResult", "Target", "Traffic", "bench_serve"]
 
 _CONNECT_SECONDS = 10.0
-# Less than servers keep idle connections (uvicorn: 5 s): one closed just as it is reused would look like an error.
-_IDLE_SECONDS = 2.0
 
 Progress = Callable[[float, float], None]
 
@@ -38,8 +37,8 @@ class Target:
     timeout: float = 600.0
 
     def open(self, transport: httpx.AsyncBaseTransport | None = None) -> httpx.AsyncClient:
-        """A client without a limit of its own on connections. Raises ValueError naming url."""
-        headers = {"Content-Type": "application/json"}
+        """Raises ValueError naming url."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
         try:
@@ -47,8 +46,7 @@ class Target:
                 base_url=self.url.rstrip("/").removesuffix("/v1"),
                 headers=headers,
                 timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_SECONDS)),
-                limits=httpx.Limits(keepalive_expiry=_IDLE_SECONDS),
-                transport=transport,
+                transport=transport or AnswerTransport(),
             )
         except httpx.InvalidURL as error:
             raise ValueError(f"url: {self.url!r} is not an address ({error})") from None
