@@ -41,3 +41,37 @@ def plot_audit(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{results[0]['trials']} trials each; dotted: chance", fontsize=9)
     figure.savefig(path, dpi=130)
+
+
+def plot_serve(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Output tokens a second, time to the first token and between tokens against concurrency, a line for each share of
+    private requests (keys as ``bench serve`` prints); solid p50, dotted p99. Settings nobody answered are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = (
+        ("output tokens/s", ("output_tokens_per_second",)),
+        ("seconds to the first token", ("ttft_p50", "ttft_p99")),
+        ("seconds between tokens", ("itl_p50", "itl_p99")),
+    )
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for number, share in enumerate(sorted({result["private_share"] for result in results})):
+            for key, style in zip(keys, ("-", ":"), strict=False):
+                points = sorted(
+                    (result["concurrency"], result[key])
+                    for result in results
+                    if result["private_share"] == share and result[key] is not None
+                )
+                label = f"private {share:.3g}" if style == "-" else None
+                x, y = [point[0] for point in points], [point[1] for point in points]
+                axes.plot(x, y, style, color=f"C{number}", marker="o", markersize=3, label=label)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("requests under way", fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,4 +1,4 @@
-"""A real server on a real port, around the scripted engine."""
+"""Real servers on real ports: around the scripted engine, and around a real one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from model.tokenizer import Tokenizer
 from server.app import create_app
 from server.chat import ChatTemplate
 from server.config import Settings
+from server.loading import load
 from tests.server.fake_engine import STORY, FakeEngine, small_tokenizer
 
 
@@ -38,6 +40,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[str]:
+    """The address of a server with a real engine, which ends with the block."""
+    loaded = load(settings)
+    app = create_app(loaded.engine, settings, loaded.name)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 @pytest.fixture(scope="session")

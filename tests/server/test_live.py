@@ -3,53 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
-import uvicorn
 from openai import AsyncOpenAI
 from safetensors.torch import load_file
 
-from server.app import create_app
 from server.config import Settings
-from server.loading import load
+from tests.server.conftest import served
 
 GOLDEN = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir() if path.is_dir())
 
 
-@contextmanager
-def _served(settings: Settings) -> Iterator[str]:
-    loaded = load(settings)
-    app = create_app(loaded.engine, settings, loaded.name)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=2))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.02)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-
-
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with _served(Settings()) as url:
+    with served(Settings()) as url:
         yield url
 
 
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
 def test_golden_logits_through_http(folder: Path) -> None:
     expected = load_file(folder / "expected.safetensors")
-    with _served(Settings(model=folder, group_fill="zeros", dtype="float32")) as url:
+    with served(Settings(model=folder, group_fill="zeros", dtype="float32")) as url:
         for case in ("full_groups", "padded_group", "single"):
             ids = expected[f"{case}.input_ids"].tolist()
             wanted = torch.log_softmax(expected[f"{case}.logits"], -1)
