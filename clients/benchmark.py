@@ -14,16 +14,19 @@ from functools import partial
 from typing import Any
 
 import httpx
+from httpx_aiohttp import AiohttpTransport
 
 from clients._load import Lengths, Load, Planned, Traffic
 from clients._results import Answer, AnswerReader, Failure, Limits, LoadResult, Outcome, summarize
 from clients._streaming import ChunkDecoder
-from clients._transport import AnswerTransport
 from clients.errors import APIError, MotserveError, error_from_response
 
 __all__ = ["Lengths", "Limits", "Load", "LoadResult", "Target", "Traffic", "bench_serve"]
 
 _CONNECT_SECONDS = 10.0
+# As many as there are requests under way (aiohttp's 0). Idle ones for less than servers keep them (uvicorn: 5 s): one
+# closed just as it is used again would look like an error.
+_CONNECTIONS = httpx.Limits(max_connections=0, keepalive_expiry=2.0)
 
 Progress = Callable[[float, float], None]
 
@@ -46,7 +49,7 @@ class Target:
                 base_url=self.url.rstrip("/").removesuffix("/v1"),
                 headers=headers,
                 timeout=httpx.Timeout(self.timeout, connect=min(self.timeout, _CONNECT_SECONDS)),
-                transport=transport or AnswerTransport(),
+                transport=transport or AiohttpTransport(limits=_CONNECTIONS),
             )
         except httpx.InvalidURL as error:
             raise ValueError(f"url: {self.url!r} is not an address ({error})") from None

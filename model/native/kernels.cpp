@@ -165,7 +165,16 @@ inline void column_rest(const float* const* a, const W* b, long K, long N, long 
         }
 }
 
-// Columns [begin, end) of R rows.
+// A number of vectors, at most V, known at run time only.
+template <int R, int V, class W>
+inline void column_vectors(long vectors, const float* const* a, const W* b, long K, long N, float* const* c) {
+    if constexpr (V > 0) {
+        if (vectors == V) column_block<R, V>(a, b, K, N, c);
+        else column_vectors<R, V - 1>(vectors, a, b, K, N, c);
+    }
+}
+
+// Columns [begin, end) of R rows, V vectors at once as long as there are so many.
 template <int R, int V, class W>
 void column_range(const float* const* a, const W* b, long K, long N, long begin, long end, float* const* c) {
     long j = begin;
@@ -174,9 +183,10 @@ void column_range(const float* const* a, const W* b, long K, long N, long begin,
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
         column_block<R, V>(a, b + j, K, N, at);
     }
-    for (; j + LANES <= end; j += LANES) {
+    if (const long vectors = (end - j) / LANES; vectors > 0) {
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
-        column_block<R, 1>(a, b + j, K, N, at);
+        column_vectors<R, V - 1>(vectors, a, b + j, K, N, at);
+        j += vectors * LANES;
     }
     if (j < end && end - begin >= LANES) {  // the last whole vector again, a little to the left: the same sums
         for (int r = 0; r < R; ++r) at[r] = c[r] + end - LANES;
@@ -189,7 +199,7 @@ void column_range(const float* const* a, const W* b, long K, long N, long begin,
 
 template <class W>
 void row_products(const float* const* a, long rows, const W* b, long K, long N, long begin, long end, float* const* c) {
-    constexpr int W4 = LANES == 16 ? 4 : 3, W2 = LANES == 16 ? 8 : 4, W1 = LANES == 16 ? 16 : 8;  // by registers
+    constexpr int W4 = LANES == 16 ? 6 : 3, W2 = LANES == 16 ? 12 : 4, W1 = 12;  // by registers
     long r = 0;
     for (; r + 4 <= rows; r += 4) column_range<4, W4>(a + r, b, K, N, begin, end, c + r);
     if (rows - r == 3) column_range<3, W4>(a + r, b, K, N, begin, end, c + r);
