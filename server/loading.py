@@ -174,4 +174,4 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss)
     swap_blocks = settings.swap_memory // block_bytes
     limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)
-    return Engine(runner, policy, limits, tokenizer, blocks=blocks)
+    return Engine(runner, policy, limits, tokenizer, blocks=blocks, align_wait=settings.max_align_wait / 1000)
