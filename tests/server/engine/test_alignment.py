@@ -7,14 +7,20 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.bench.shapes import random_model
+from server.config import read_settings
 from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
 from server.engine.plan import Plan
 from server.engine.request import EngineRequest, Privacy, SamplingParams, Sequence, Status
 from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.loading import build_engine
+from tests.server.engine.traffic import SMALL
 
 GROUP = 3
 
@@ -234,3 +240,20 @@ def test_who_begins_in_this_step_is_waited_for_too() -> None:
     for _ in range(2):
         plan = world.step()
     assert [chunk.start for chunk in plan.public] == [12, 12]
+
+
+@pytest.mark.parametrize(("wait", "together"), [(0.0, False), (60_000.0, True)])
+def test_the_setting_reaches_a_real_engine(wait: float, together: bool) -> None:
+    model, fill = random_model(SMALL, dtype=torch.float32, device=torch.device("cpu"))
+    chosen = read_settings({"max_align_wait": wait, "max_groups": 8, "kernels": "plain"}, None)
+    engine = build_engine(chosen, model, fill, None)
+    sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    engine.add(EngineRequest("early", ((1, 2, 3),), sampling))
+    for _ in range(3):
+        engine.step()
+    engine.add(EngineRequest("late", (tuple(range(1, 16)),), sampling))
+    receipts = {}
+    while not engine.idle:
+        receipts |= {name: delta.receipt for name, delta in engine.step() if delta.receipt is not None}
+    assert (receipts["late"].live_members > 1) == together
+    assert (receipts["early"].live_members > 1) == together
