@@ -59,6 +59,11 @@ class Settings(BaseSettings):
         None, description="how far apart members of a decode group may be; 1: exact position; auto: by the machine"
     )
     max_groups: int | None = Field(None, ge=1, description="decode groups a step before merging; default: measured")
+    max_align_wait: float = Field(
+        0.0, ge=0, le=60_000, allow_inf_nan=False,
+        description="milliseconds that a public request may wait, after its first token, for a group that is about to "
+        "reach its position; 0: none waits",
+    )  # fmt: skip
     private: Literal["default-off", "default-on", "force"] = "default-off"
     api_keys: Path | None = Field(None, description="TOML file of API keys; without one, anybody is served")
     kv_cache_memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**30, ge=1)

@@ -29,6 +29,7 @@ from server.engine.grouping import GroupingPolicy
 from server.engine.model_runner import ModelRunner, measure_balance
 from server.engine.request import Privacy
 from server.engine.scheduler import SchedulerLimits
+from server.engine.spread import loss_at
 
 DEMO = Path(__file__).parent / "demo"  # the bundled demonstration checkpoint
 BLOCK_SIZE = 16  # tokens of one KV block
@@ -187,7 +188,8 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
         kernels.measure(model.banks[0])
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
     max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
-    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)
+    loss = loss_at(config.temperature)
+    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss)
     swap_blocks = settings.swap_memory // block_bytes
     limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)
-    return Engine(runner, policy, limits, tokenizer, blocks=blocks)
+    return Engine(runner, policy, limits, tokenizer, blocks=blocks, align_wait=settings.max_align_wait / 1000)

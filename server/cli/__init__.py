@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import typer
 
-from server.cli import bench, checks, models, serving
+from server.cli import bench, bench_grouping, checks, models, serving
 
 app = typer.Typer(name="motserve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for part in (serving, models, checks, bench):
     app.add_typer(part.app)
+bench.bench.command("grouping")(bench_grouping.grouping)
 
 
 def main() -> None:

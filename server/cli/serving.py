@@ -28,6 +28,9 @@ def serve(
     group_fill: Annotated[str | None, typer.Option(help="reference, zeros or none.")] = None,
     position_window: Annotated[str | None, typer.Option(help="auto, or 1 for exact position, or more.")] = None,
     max_groups: Annotated[int | None, typer.Option(help="Decode groups a step before merging.")] = None,
+    max_align_wait: Annotated[
+        float | None, typer.Option(help="Milliseconds a request may wait for a group to reach its position. [0]")
+    ] = None,
     private: Annotated[str | None, typer.Option(help="default-off, default-on or force.")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="TOML file of API keys; see `motserve key`.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Such as 1GiB or 512MB.")] = None,

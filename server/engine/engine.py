@@ -6,6 +6,7 @@ import time
 from itertools import pairwise
 
 from model.tokenizer import Tokenizer
+from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
 from server.engine.grouping import GroupingPolicy
 from server.engine.model_runner import ModelRunner
@@ -17,7 +18,8 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 
 
 class Engine:
-    """Requests in by ``add``, news out of ``step``, both in token ids (text comes along where there is a tokenizer)."""
+    """Requests in by ``add``, news out of ``step``, both in token ids (text comes along where there is a tokenizer).
+    ``align_wait``: seconds that a request may be held back so as to decode beside others at its position."""
 
     def __init__(
         self,
@@ -27,10 +29,14 @@ class Engine:
         tokenizer: Tokenizer | None,
         *,
         blocks: int,
+        align_wait: float = 0.0,
     ) -> None:
         self.runner, self.grouping, self.tokenizer = runner, grouping, tokenizer
         self.config = runner.config
-        self.scheduler = Scheduler(BlockManager(blocks, runner.cache.block_size), limits)
+        alignment = None
+        if align_wait > 0 and self.config.is_mot:
+            alignment = Alignment(grouping.group_size, align_wait, time.monotonic)
+        self.scheduler = Scheduler(BlockManager(blocks, runner.cache.block_size), limits, alignment)
         self.sampler = Sampler(self.config.eos_token_id, runner.kernels)
         self.results = Results(
             self.scheduler,

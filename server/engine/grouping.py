@@ -1,33 +1,40 @@
 """Who mixes with whom: public rows to groups of at most G. Integers only.
 
 Prompt tokens mix at equal positions only: otherwise a sequence would see its own future through a companion. Decoding
-tokens mix at the nearest positions, exactly equal ones as long as the step can afford that many groups.
+tokens mix at equal positions too as long as the step can afford that many groups. Beyond that the line of each
+tenant's tokens in order of position is cut where it costs least: among all cuts into the groups that the step can
+afford, or into the fewest that G and the window allow where those are more, the one with the least expected loss,
+summed over the tokens of all tenants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
+from operator import itemgetter
 
+import numpy as np
+
+from server.engine.cuts import Line
 from server.engine.plan import Group, Plan
+from server.engine.spread import MIXED, SpreadLoss
 
-
-@dataclass(frozen=True)
-class _Row:
-    tenant: str
-    position: int
-    row: int  # rows are numbered in order of admission
+_Row = tuple[str, int, int]  # tenant, position and number: in order of admission; rows stand in line in this order
+_PLACE = itemgetter(0, 1)
 
 
 @dataclass(frozen=True)
 class GroupingPolicy:
     """``window``: members of a decode group lie less than this many positions apart (1: exact); None: as far as
-    ``max_groups`` makes necessary. ``max_groups``: decode groups of one step above which the nearest are merged."""
+    ``max_groups`` makes necessary. ``max_groups``: decode groups of one step, all tenants' together, above which
+    nearby ones are merged. ``loss``: what distance costs."""
 
     group_size: int
     window: int | None = None
     max_groups: int = 8
+    loss: SpreadLoss = MIXED
 
     def plan(self, plan: Plan) -> tuple[Group, ...]:
         """The groups of a step; rows number the tokens of ``plan.public``. Deterministic."""
@@ -35,51 +42,38 @@ class GroupingPolicy:
         decoding: list[_Row] = []
         row = 0
         for chunk in plan.public:
+            sequence, start, length = chunk.sequence, chunk.start, chunk.length
+            tenant = sequence.request.tenant
             rows = decoding if chunk.decodes else prompt
-            tenant = chunk.sequence.request.tenant
-            rows.extend(_Row(tenant, chunk.start + i, row + i) for i in range(chunk.length))
-            row += chunk.length
-        groups = list(self._exact(prompt))
-        for _, same in groupby(sorted(decoding, key=_order), key=lambda row: row.tenant):
-            groups.extend(self._merge(list(self._exact(same))))
-        return tuple(groups)
+            rows += [(tenant, start + i, row + i) for i in range(length)]
+            row += length
+        prompt.sort()
+        decoding.sort()
+        return (*self._exact(prompt), *self._nearest(decoding))
 
-    def _exact(self, rows: Iterable[_Row]) -> Iterable[Group]:
+    def _exact(self, rows: list[_Row]) -> Iterator[Group]:
         """Groups of one tenant and one position each, cut every G rows."""
-        for (_, position), same in groupby(sorted(rows, key=_order), key=lambda row: (row.tenant, row.position)):
-            numbers = [row.row for row in same]
+        for (_, position), same in groupby(rows, key=_PLACE):
+            numbers = [number for _, _, number in same]
             for begin in range(0, len(numbers), self.group_size):
                 yield Group(tuple(numbers[begin : begin + self.group_size]), position)
 
-    def _merge(self, groups: list[Group]) -> list[Group]:
-        """Neighbours joined, nearest first, until the step can afford the rest. ``groups`` in order of position."""
-        spans = [_Span(group.rows, (group.position,) * len(group.rows)) for group in groups]
-        while len(spans) > self.max_groups:
-            joinable = [
-                (right.positions[-1] - left.positions[0], place)
-                for place, (left, right) in enumerate(pairwise(spans))
-                if self._fit(left, right)
-            ]
-            if not joinable:
-                break
-            _, place = min(joinable)
-            left, right = spans[place], spans[place + 1]
-            spans[place : place + 2] = [_Span(left.rows + right.rows, left.positions + right.positions)]
-        return [Group(span.rows, span.positions[len(span.positions) // 2]) for span in spans]
-
-    def _fit(self, left: _Span, right: _Span) -> bool:
-        spread = right.positions[-1] - left.positions[0]
-        small = len(left.rows) + len(right.rows) <= self.group_size
-        return small and (self.window is None or spread < self.window)
-
-
-@dataclass(frozen=True)
-class _Span:
-    """A group in the making, in order of position; it is completed with the crowd of its median position."""
-
-    rows: tuple[int, ...]
-    positions: tuple[int, ...]
-
-
-def _order(row: _Row) -> tuple[str, int, int]:
-    return row.tenant, row.position, row.row
+    def _nearest(self, rows: list[_Row]) -> list[Group]:
+        exact = sum(-(-count // self.group_size) for count in Counter(map(_PLACE, rows)).values())
+        if exact <= self.max_groups or self.window == 1:
+            return list(self._exact(rows))
+        tenants = {tenant: n for n, tenant in enumerate(dict.fromkeys(tenant for tenant, _, _ in rows))}
+        line = Line.build(
+            np.array([position for _, position, _ in rows]), np.array([tenants[tenant] for tenant, _, _ in rows]),
+            group_size=self.group_size, window=self.window, loss=self.loss,
+        )  # fmt: skip
+        count = max(self.max_groups, line.fewest())
+        if exact <= count:
+            return list(self._exact(rows))
+        groups, begin = [], 0
+        for size in line.cut(count):
+            members = rows[begin : begin + size]
+            # Completed with the crowd of the median position.
+            groups.append(Group(tuple(number for _, _, number in members), members[size // 2][1]))
+            begin += size
+        return groups

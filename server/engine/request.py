@@ -169,6 +169,7 @@ class Sequence:
         self.prefix_keys: list[bytes] = []  # of the prompt's whole units, where they may be shared
         self.shared: list[bytes] = []  # those of them whose blocks are the prefix cache's
         self.status = Status.WAITING
+        self.ready_since: float | None = None  # when it could first decode, by the clock of alignment
         self.tally = MixingTally()
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         seed = request.sampling.seed

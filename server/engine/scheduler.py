@@ -1,8 +1,9 @@
 """Which sequences run, with which KV blocks, and when they end. Integers only: no tensor passes here.
 
-Every running sequence decodes one token a step; beside that, prompts are computed in chunks. Chunks of public prompts
-that stand at the same position advance together, so that they can mix. Chunks of private prompts begin at multiples
-of a fixed size whatever else happens, so that their shapes depend on the request alone.
+Every running sequence decodes one token a step, except while it waits to be aligned with others; beside that, prompts
+are computed in chunks. Chunks of public prompts that stand at the same position advance together, so that they can mix.
+Chunks of private prompts begin at multiples of a fixed size whatever else happens, so that their shapes depend on the
+request alone.
 
 A request of higher priority that finds no room makes some: later ones of lower priority are swapped out, keys and
 values and all, and go on where they were when there is room again. Nothing is computed twice: what a public sequence
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
 from server.engine.plan import Chunk, Plan, Swap
 from server.engine.prefix_cache import PrefixCache
@@ -41,8 +43,8 @@ class _Waiting:
 class Scheduler:
     """Owns the queue, the running sequences and their blocks."""
 
-    def __init__(self, blocks: BlockManager, limits: SchedulerLimits) -> None:
-        self.blocks, self.limits = blocks, limits
+    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, alignment: Alignment | None = None) -> None:
+        self.blocks, self.limits, self._alignment = blocks, limits, alignment
         self.prefixes = PrefixCache(blocks, PRIVATE_CHUNK)
         self._waiting: list[_Waiting] = []
         self._running: list[Sequence] = []
@@ -101,7 +103,8 @@ class Scheduler:
         """The next step. Empty when nothing runs."""
         self._zero.extend(self.blocks.take_dirty())
         self._admit()
-        decoding = [Chunk(s, s.computed, 1) for s in self._running if not s.prefilling]
+        held = self._alignment.hold(self._running) if self._alignment is not None else ()
+        decoding = [Chunk(s, s.computed, 1) for s in self._running if not s.prefilling and s not in held]
         public = [chunk for chunk in decoding if not chunk.sequence.private]
         private = [chunk for chunk in decoding if chunk.sequence.private]
         budget = self.limits.prefill_tokens
@@ -231,6 +234,8 @@ class Scheduler:
 
     def advance(self, plan: Plan) -> None:
         """The step's keys and values are computed."""
+        if self._alignment is not None:
+            self._alignment.step_ended()
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.end
             if chunk.sequence.prefix_keys and not chunk.decodes:

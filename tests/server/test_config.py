@@ -51,6 +51,8 @@ def test_what_is_no_size_or_window_is_refused_or_read(value: Any) -> None:
         ({"dtype": "float16"}, "dtype"),
         ({"group_fill": "ones"}, "group_fill"),
         ({"position_window": "0"}, "position_window"),
+        ({"max_align_wait": -1}, "max_align_wait"),
+        ({"max_align_wait": float("nan")}, "max_align_wait"),
         ({"private": "sometimes"}, "private"),
         ({"kv_cache_memory": "much"}, "kv_cache_memory"),
         ({"kv_cache_memory": 0}, "kv_cache_memory"),
