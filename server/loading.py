@@ -184,6 +184,9 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
     # More than every running sequence at full length could use would only cost memory.
     blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     kernels = resolve_kernels(settings.kernels, model.device)
+    if kernels is not None:
+        projection = model.blocks[0].attn.c_attn
+        kernels.measure_rows(projection.weight, projection.bias)
     if kernels is not None and config.is_mot:
         kernels.measure(model.banks[0])
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)

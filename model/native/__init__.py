@@ -40,6 +40,8 @@ _KINDS = {
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of experts, as kernels.cpp numbers them
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
+_FEW_ROWS = 64  # until measured: about level with torch in float32
+_TRIED_ROWS = (4, 8, 16, 32, 64, 128, 256)
 _MEASURED_BYTES = 2**26  # of experts: beyond caches, and quickly done with
 
 
@@ -85,7 +87,7 @@ class Kernels:
     def __init__(self, library: Path) -> None:
         loaded = ctypes.CDLL(str(library))
         self._fast_bfloat16 = computes_in_bfloat16()
-        self._few_groups = _FEW_GROUPS
+        self._few_groups, self._few_rows = _FEW_GROUPS, _FEW_ROWS
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         self._linear = _function(loaded, "motserve_linear", [pointer] * 4 + [wide] * 3 + [number] * 2)
         self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 4 + [number] * 2)
@@ -119,6 +121,24 @@ class Kernels:
         place = bisect_left(_TRIED_GROUPS, True, key=ours_is_slower)
         self._few_groups = _TRIED_GROUPS[place - 1] if place else 1
         return self._few_groups
+
+    def prefers_rows(self, rows: int, weight: Tensor) -> bool:
+        """Whether ``linear`` is the faster way to multiply so many rows, where either would do."""
+        return rows <= self._few_rows or (weight.dtype is torch.bfloat16 and not self._fast_bfloat16)
+
+    def measure_rows(self, weight: Tensor, bias: Tensor) -> int:
+        """Find out up to how many rows ``linear`` is the faster way for such a ``weight [K, N]`` on this machine."""
+        if weight.dtype is torch.bfloat16 and not self._fast_bfloat16:
+            return self._few_rows
+
+        def ours_is_slower(rows: int) -> bool:
+            x = torch.ones(rows, weight.shape[0], dtype=weight.dtype)
+            theirs = _fastest(partial(torch.addmm, bias, x, weight))
+            return _fastest(partial(self.linear, x, weight, bias, by_output=False)) > theirs
+
+        place = bisect_left(_TRIED_ROWS, True, key=ours_is_slower)
+        self._few_rows = _TRIED_ROWS[place - 1] if place else 1
+        return self._few_rows
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool) -> Tensor:
         """``x [n, K]`` times ``weight [K, N]`` (``by_output``: ``[N, K]``) plus ``bias [N]``: float32 ``[n, N]``."""
@@ -221,19 +241,30 @@ class Kernels:
 
 
 class NativeArithmetic:
-    """``layers.Arithmetic`` by the kernels: a row's bits depend on that row alone. Without gradients."""
+    """``layers.Arithmetic`` by the kernels: a row's bits depend on that row alone. Without gradients. The first
+    ``shared`` rows need no such promise: torch multiplies them where they are so many that it is faster."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: Kernels, *, shared: int = 0) -> None:
+        self._kernels, self._shared = kernels, shared
 
     def affine(self, x: Tensor, projection: Projection) -> Tensor:
-        return self._kernels.linear(x, projection.weight, projection.bias, by_output=False).to(x.dtype)
+        weight, bias, shared = projection.weight, projection.bias, self._shared
+        if self._kernels.prefers_rows(shared, weight):
+            return self._kernels.linear(x, weight, bias, by_output=False).to(x.dtype)
+        together = torch.addmm(bias, x[:shared], weight)
+        if shared == x.shape[0]:
+            return together
+        return torch.cat((together, self._kernels.linear(x[shared:], weight, bias, by_output=False).to(x.dtype)))
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return self._kernels.activate(x.float().contiguous(), activation).to(x.dtype)
 
     def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return self._kernels.linear(hidden, weight, None, by_output=True)
+        shared = self._shared
+        if self._kernels.prefers_rows(shared, weight):
+            return self._kernels.linear(hidden, weight, None, by_output=True)
+        rest = self._kernels.linear(hidden[shared:], weight, None, by_output=True)
+        return torch.cat((F.linear(hidden[:shared], weight).float(), rest))
 
 
 def _function(library: ctypes.CDLL, name: str, arguments: Sequence[object]) -> Callable[..., None]:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.groups import Fill, PrivateRows
+from model.layers import Projection
 from model.mixing import ExpertBank, _gelu_tanh
-from model.native import Kernels, NativeUnavailable, activation_kind, build, open_kernels
+from model.native import Kernels, NativeArithmetic, NativeUnavailable, activation_kind, build, open_kernels
 from model.reference import ReferenceCrowd
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -285,6 +286,35 @@ def test_activations(kernels: Kernels, numbers: list[float]) -> None:
         torch.testing.assert_close(found, activation(x), atol=2e-6, rtol=2e-6)
         for place in range(len(x)):  # of its place a number knows nothing
             assert torch.equal(kernels.activate(x[place : place + 1].clone(), activation)[0], found[place])
+
+
+@settings(deadline=None, max_examples=40)
+@given(public=st.integers(0, 9), private=st.integers(0, 9), few=st.integers(0, 9), dtype=dtypes)
+def test_public_rows_may_be_multiplied_together(
+    kernels: Kernels, public: int, private: int, few: int, dtype: torch.dtype
+) -> None:
+    """By torch, where they are more than the kernels are faster with; private rows keep their bits."""
+    projection = Projection(24, 33).to(dtype).requires_grad_(False)
+    torch.manual_seed(0)
+    projection.initialize(1)
+    head = _random(41, 24, seed=1).to(dtype)
+    x = _random(public + private, 24, seed=2).to(dtype)
+    chosen = copy.copy(kernels)
+    chosen._few_rows, chosen._fast_bfloat16 = few, True
+    split, alone = NativeArithmetic(chosen, shared=public), NativeArithmetic(kernels)
+    for found, one in (
+        (split.affine(x, projection), alone.affine(x, projection)),
+        (split.head(x, head), alone.head(x, head)),
+    ):
+        assert found.dtype is one.dtype and torch.equal(found[public:], one[public:])
+        torch.testing.assert_close(
+            found[:public], one[:public], atol=0.3 if dtype is torch.bfloat16 else 1e-4, rtol=0.02
+        )
+
+
+def test_measured_rows(kernels: Kernels) -> None:
+    most = kernels.measure_rows(_random(64, 96), torch.zeros(96))
+    assert kernels.prefers_rows(most, torch.zeros(1)) and not kernels.prefers_rows(most + 1, torch.zeros(1))
 
 
 def test_unknown_activation_is_named() -> None:
