@@ -1,4 +1,4 @@
-"""The MoT layer as the engine runs it: shared groups of live rows, and private rows beside the reference crowd.
+"""MoT and Expert Choice as the engine runs them: shared groups of live rows, private rows beside the reference crowd.
 
 Both are ``mix`` callables for ``Transformer.forward``. They know rows, places and positions, nothing of requests.
 The plain twin of both is ``mixing.mix_groups`` on the same members.
@@ -85,7 +85,9 @@ class SharedGroups:
         members, scores = self._gather(layer, bank, live)
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
-        merge, emit = mixing_weights(scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete)
+        merge, emit = mixing_weights(
+            scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated
+        )
         mixes = torch.bmm(merge.transpose(1, 2), members).transpose(0, 1)  # [E, n, D]
         self.entropy += mixing_entropy(merge.float())
         return mixes, torch.nan_to_num(emit) if self._empty is not None else emit
@@ -105,6 +107,7 @@ class SharedGroups:
             own = self._kernels.linear(live, bank.controller, None, by_output=False)
         else:
             own = live @ bank.controller
+        own = bank.scores(own)
         if self._fill.crowd is None:
             members = own.new_zeros(count, self._size, width)
             scores = own.new_zeros(count, self._size, own.shape[1])
@@ -153,11 +156,11 @@ class PrivateRows:
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         if self._kernels is not None:
             return self.beside(layer, bank, x, x.new_empty(bank.lin1.shape[0], 0, x.shape[1]))[0]
-        own = tile_matmul(x, bank.controller).float()  # [n, E]
+        own = bank.scores(tile_matmul(x, bank.controller).float())  # [n, E]
         mixes, emit = self._weights(layer, bank, x, own)
         used = (emit >= self._skip_below[:, None]) & (emit > 0) & self._live[:, None]
         self.experts_used += used.sum(1)
-        return _sparse_experts(bank, mixes, emit, used)
+        return sparse_experts(bank, mixes, emit, used)
 
     def beside(self, layer: int, bank: ExpertBank, x: Tensor, mixes: Tensor) -> tuple[Tensor, Tensor]:
         """With kernels: this layer for ``x``, and shared groups' ``mixes [E, n, D]`` through the same experts while
@@ -169,7 +172,8 @@ class PrivateRows:
             None if crowd is None else (crowd.places[layer], crowd.scores[layer]),
             positions=self._positions, temperatures=self._temperatures, skip_below=self._skip_below, live=self._live,
             entropy=self.entropy, used=self.experts_used,
-            activation=bank.activation, over_experts=bank.over_experts, discrete=bank.discrete, mixes=mixes,
+            activation=bank.activation, over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated,
+            mixes=mixes,
         )  # fmt: skip
         return out.to(x.dtype), outputs
 
@@ -195,6 +199,8 @@ class PrivateRows:
             best = torch.zeros_like(own).scatter_(1, own.argmax(1, keepdim=True), 1.0)
             spread = best if bank.discrete else torch.softmax(own / self._divisor[:, None], dim=1)
             emit = torch.where(self._unmixed[:, None], best * wins, spread)
+        if bank.gated:
+            emit = emit * own
         mixes = torch.bmm(merge.to(x.dtype), members)
         return torch.where(self._unmixed[:, None, None], x[:, None], mixes), emit
 
@@ -206,7 +212,7 @@ def _first_only(wins: Tensor, size: int) -> Tensor:
     return weights
 
 
-def _sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) -> Tensor:
+def sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) -> Tensor:
     """Sum over the used experts of ``emit[t, e] * expert_e(mixes[t, e])``: ``[n, D]``, experts in ascending order."""
     out = torch.zeros(mixes.shape[0], mixes.shape[2], dtype=torch.float32, device=mixes.device)
     experts, rows = used.t().nonzero(as_tuple=True)

@@ -101,7 +101,7 @@ def load_privacy(folder: Path, config: ModelConfig) -> Privacy:
 
 def build_fill(settings: Settings, folder: Path, model: Transformer) -> Fill:
     """The fill that the settings ask for, with a warning where the checkpoint has no crowd."""
-    if not model.config.is_mot:
+    if not model.config.is_grouped:
         return Fill("none", None)
     crowd = reference.load(folder, model) if settings.group_fill == "reference" else None
     if settings.group_fill == "reference" and crowd is None:
@@ -138,7 +138,7 @@ def load(settings: Settings) -> Loaded:
         model_type=config.model_type,
         vocab_size=config.vocab_size,
         max_positions=config.n_positions,
-        group_size=config.group_size if config.is_mot else 1,
+        group_size=config.group_size if config.is_grouped else 1,
         temperature=config.temperature,
         default_privacy=load_privacy(folder, config),
         group_fill=fill.kind,
@@ -164,11 +164,11 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
     # More than every running sequence at full length could use would only cost memory.
     blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     kernels = resolve_kernels(settings.kernels, model.device)
-    if kernels is not None and config.is_mot:
+    if kernels is not None and config.is_grouped:
         bank = model.banks[0]
         kernels.measure(bank.lin1, bank.lin2, bank.activation)
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
-    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
+    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_grouped else 1)
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups)
     swap_blocks = settings.swap_memory // block_bytes
     limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)

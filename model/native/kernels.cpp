@@ -314,7 +314,7 @@ extern "C" {
 struct PrivateLayer {
     int64_t n, D, E, S;
     int64_t places, members;  // of the crowd: positions it has, members of a group; 0 members: no crowd
-    int32_t activation, over_experts, discrete, half;
+    int32_t activation, over_experts, discrete, gated, half;
     const float* x;            // [n, D]
     const float* own;          // [n, E] scores
     const void* crowd;         // [places, members, D], the first member gives way to the row
@@ -340,8 +340,22 @@ namespace {
 struct Pair {
     long row, expert;
     float emit;
-    float* mix;
 };
+
+// Answers by their weights, added up: experts in ascending order for every row; threads share columns out, never one
+// sum. Zeros for a row without answers.
+void add_up(const std::vector<Pair>& pairs, const std::vector<float>& answers, float* out, long n, long D) {
+    std::fill(out, out + n * D, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (long d = 0; d < D; d += 64) {
+        const long end = std::min(D, d + 64);
+        for (size_t p = 0; p < pairs.size(); ++p) {
+            float* to = out + pairs[p].row * D;
+            const float* answer = &answers[p * D];
+            for (long i = d; i < end; ++i) to[i] = fused(pairs[p].emit, answer[i], to[i]);
+        }
+    }
+}
 
 // Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
 template <class W>
@@ -392,6 +406,7 @@ float mixing_weights(const PrivateLayer& l, long row, const W* scores, float* me
             for (long e = 0; e < l.E; ++e) emit[e] /= total;
         }
     }
+    if (l.gated) for (long e = 0; e < l.E; ++e) emit[e] *= own[e];
     return size > 1 ? float(spent / l.E / std::log(double(size))) : 0.0f;
 }
 
@@ -431,7 +446,7 @@ void private_layer(const PrivateLayer& l) {
         for (long row = 0; row < l.n; ++row) {
             const float w = emit[row * l.E + e];
             if (!l.live[row] || !(w > 0) || !(w >= l.skip_below[row])) continue;
-            pairs.push_back({row, e, w, nullptr});
+            pairs.push_back({row, e, w});
             ++l.used[row];
         }
     }
@@ -458,17 +473,33 @@ void private_layer(const PrivateLayer& l) {
         const auto to = row_pointers(&answers[first[e] * l.D], count, l.D);
         expert(from.data(), to.data(), count, lin1, lin2, l.D, l.S, hidden.data(), l.activation);
     }
-    std::fill(l.out, l.out + l.n * l.D, 0.0f);
-    // Experts in ascending order for every row; threads share rows out, never one row's sum.
-#pragma omp parallel for schedule(static)
-    for (long d = 0; d < l.D; d += 64) {
-        const long end = std::min(l.D, d + 64);
-        for (size_t p = 0; p < pairs.size(); ++p) {
-            float* out = l.out + pairs[p].row * l.D;
-            const float* answer = &answers[p * l.D];
-            for (long i = d; i < end; ++i) out[i] = fused(pairs[p].emit, answer[i], out[i]);
-        }
+    add_up(pairs, answers, l.out, l.n, l.D);
+}
+
+// Token choice: each row through the experts whose gate is above zero.
+template <class W>
+void routed(const float* x, const float* gates, const W* lin1, const W* lin2, float* out, long n, long E, long D,
+            long S, int activation) {
+    std::vector<Pair> pairs;
+    std::vector<long> first(E + 1);
+    for (long e = 0; e < E; ++e) {
+        first[e] = pairs.size();
+        for (long row = 0; row < n; ++row)
+            if (gates[row * E + e] > 0) pairs.push_back({row, e, gates[row * E + e]});
     }
+    first[E] = pairs.size();
+    std::vector<float> answers(pairs.size() * D);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (long e = 0; e < E; ++e) {
+        const long count = first[e + 1] - first[e];
+        if (count == 0) continue;
+        std::vector<const float*> from(count);
+        for (long i = 0; i < count; ++i) from[i] = x + pairs[first[e] + i].row * D;
+        const auto to = row_pointers(&answers[first[e] * D], count, D);
+        std::vector<float> hidden(count * S);
+        expert(from.data(), to.data(), count, lin1 + e * D * S, lin2 + e * S * D, D, S, hidden.data(), activation);
+    }
+    add_up(pairs, answers, out, n, D);
 }
 
 // Attention of single queries over their own paged keys and values.
@@ -631,6 +662,12 @@ void motserve_bank(const float* mixes, const void* lin1, const void* lin2, float
 void motserve_private_layer(const PrivateLayer* layer) {
     if (layer->half) private_layer<bf16>(*layer);
     else private_layer<float>(*layer);
+}
+
+void motserve_routed(const float* x, const float* gates, const void* lin1, const void* lin2, float* out, int64_t n,
+                     int64_t E, int64_t D, int64_t S, int32_t activation, int32_t half) {
+    if (half) routed(x, gates, static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2), out, n, E, D, S, activation);
+    else routed(x, gates, static_cast<const float*>(lin1), static_cast<const float*>(lin2), out, n, E, D, S, activation);
 }
 
 void motserve_activate(float* x, int64_t count, int32_t kind) { activate(x, count, kind); }
