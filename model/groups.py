@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.layers import TILE, tile_matmul
-from model.mixing import Activation, ExpertBank, mixing_entropy, mixing_weights
+from model.layers import TILE, activate_rows, tile_matmul
+from model.mixing import ExpertBank, mixing_entropy, mixing_weights
 from model.native import Kernels
 from model.reference import ReferenceCrowd
 
 GroupFill = Literal["reference", "zeros", "none"]
-
-_VECTOR = 64  # elements; a multiple of every vector width, so that an elementwise kernel has no scalar remainder
-_SERIAL = 32768  # elements; below this torch runs an elementwise kernel in one piece
 
 
 @dataclass(frozen=True)
@@ -230,11 +227,3 @@ def sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) 
         out[chosen] += emit[chosen, expert, None] * answer
         begin = end
     return out.to(mixes.dtype)
-
-
-def activate_rows(activation: Activation, hidden: Tensor) -> Tensor:
-    """``activation`` so that a row's bits do not depend on its place: vector kernels treat the last few elements of
-    their input, and those at a border between threads, by other code, whose last bit may differ."""
-    if hidden.numel() % _VECTOR == 0 and hidden.numel() < _SERIAL:
-        return activation(hidden)
-    return torch.stack([activation(row) for row in hidden.unbind(0)])

@@ -25,7 +25,7 @@ from model.kv_cache import (
     decode_segment,
     prefill_segment,
 )
-from model.layers import TILE
+from model.layers import TILE, TiledArithmetic
 from model.mixing import ExpertBank
 from model.native import Kernels, NativeArithmetic
 from model.token_choice import TokenChoice
@@ -177,7 +177,9 @@ class ModelRunner:
         batch = self._batch([chunk])
         attention = PagedAttention(self.cache, self.config, batch.slots(), batch.prompt_segments([chunk]))
         mix = self._private_rows([chunk], padding=0)
-        hidden = self.model(batch.ids(), batch.positions(), attention, mix or TokenChoice(tiled=True))
+        hidden = self.model(
+            batch.ids(), batch.positions(), attention, mix or TokenChoice(tiled=True), TiledArithmetic()
+        )
         self._tally_private([chunk], mix)
         count = wanted_of(chunk)
         return {chunk: self._tiled_logits(hidden[chunk.length - count :])} if count else {}
@@ -195,7 +197,7 @@ class ModelRunner:
         mix = self._private_rows(chunks, padding=len(zeros))
         ids = torch.cat((batch.ids(), zeros))
         positions = torch.cat((batch.positions(), zeros))
-        hidden = self.model(ids, positions, attention, mix or TokenChoice(tiled=True))
+        hidden = self.model(ids, positions, attention, mix or TokenChoice(tiled=True), TiledArithmetic())
         self._tally_private(chunks, mix)
         logits = self.model.logits(hidden).float()
         return {chunk: logits[row : row + 1] for row, chunk in enumerate(chunks)}
