@@ -46,7 +46,7 @@ class Progress:
     loss: float  # nats per token
     learning_rate: float
     temperature: float
-    balance: float  # token choice's balance loss, mean over layers: 1 when even; 0 for the other kinds
+    balance: float  # token choice's balance loss, mean over layers: about 1 when even; 0 for other kinds
     tokens_per_second: float
 
     def as_dict(self) -> dict[str, Any]:

