@@ -35,7 +35,9 @@ class Candidate:
 
 def record_crowd(model: Transformer, stream: np.ndarray, folder: Path, *, seed: int) -> reference.ReferenceCrowd:
     """Run G windows of the stream, drawn by ``seed``, as one group and store what the layers saw. Raises
-    TrainingError when the stream is too short for G different windows."""
+    TrainingError when the stream is too short for G different windows or the model has no groups."""
+    if not model.config.is_grouped:
+        raise TrainingError(f"model: a {model.config.model_type} model does not mix: it needs no crowd")
     size, length = model.config.group_size, model.config.n_positions
     count = len(stream) // length
     if count < size:
@@ -65,7 +67,7 @@ def best_crowd(
 
 def candidates(evaluator: Evaluator, mixed: Evaluation) -> Iterator[Candidate]:
     """Every pair worth trying; for one temperature, thresholds rise until the loss is clearly too high."""
-    for fraction in _FRACTIONS:
+    for fraction in _FRACTIONS if evaluator.config.temperature else _FRACTIONS[:1]:
         temperature = round(evaluator.config.temperature * fraction, 6)
         for skip_below in _SKIP_BELOW:
             found = evaluator.run("private", temperature=temperature, skip_below=skip_below)

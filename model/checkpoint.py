@@ -137,16 +137,20 @@ def _drop_tied_head(stored: dict[str, _Stored]) -> None:
 
 def _with_stored_sizes(config: ModelConfig, stored: dict[str, _Stored]) -> ModelConfig:
     """The configuration with the feed-forward sizes that the first layer's tensors have."""
-    name, layout = ("h.0.mlp.lin1", "[E, D, S]") if config.is_mot else ("h.0.mlp.c_fc.weight", "[D, S]")
+    name, layout = ("h.0.mlp.lin1", "[E, D, S]") if config.has_experts else ("h.0.mlp.c_fc.weight", "[D, S]")
     entry = stored.get(name)
     if entry is None:
         return config  # reported with the other missing tensors
     shape = list(entry.tensor.shape)
-    if len(shape) != (3 if config.is_mot else 2) or 0 in shape:
+    if len(shape) != (3 if config.has_experts else 2) or 0 in shape:
         raise CheckpointError(f"{entry} has shape {shape}, expected {layout}")
-    if config.is_mot:
-        return config.replace(n_expert=shape[0], expert_size=shape[2])
-    return config.replace(n_inner=shape[1])
+    if not config.has_experts:
+        return config.replace(n_inner=shape[1])
+    routed = shape[0] - config.n_shared_expert
+    if config.is_token_choice and routed < config.experts_per_token:
+        needed = f"{config.n_shared_expert} shared experts and {config.experts_per_token} routed ones a token"
+        raise CheckpointError(f"{entry} has shape {shape}: too few experts for {needed}")
+    return config.replace(n_expert=routed, expert_size=shape[2])
 
 
 def _missing(folder: Path, name: str) -> CheckpointError:

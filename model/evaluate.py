@@ -16,12 +16,14 @@ from torch import Tensor
 
 from model.attention import attend_whole_sequences
 from model.checkpoint import load_model
+from model.config import ModelConfig
 from model.data import encode_corpus, read_text
 from model.errors import CheckpointError, TrainingError
 from model.groups import Fill, PrivateRows
 from model.mixing import WholeSequences
 from model.native import Kernels
 from model.reference import ReferenceCrowd
+from model.token_choice import TokenChoice
 from model.tokenizer import Tokenizer
 from model.transformer import Mix, Transformer
 
@@ -29,10 +31,17 @@ Mode = Literal["mixed", "private", "private_unmixed", "zeros", "alone"]
 MODES: tuple[Mode, ...] = ("mixed", "private", "private_unmixed", "zeros", "alone")
 
 
+def modes_of(config: ModelConfig) -> tuple[Mode, ...]:
+    """The modes in which such a model can be run. Without groups nothing mixes, and all would be the same: there
+    ``mixed`` is the plain forward pass."""
+    return MODES if config.is_grouped else ("mixed",)
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """``temperature`` is the one that the mode mixes with; ``experts_per_token`` the mean over layers and tokens.
-    Bytes are those of the predicted tokens' text; ``<|endoftext|>`` has none."""
+    """``temperature`` is the one that the mode mixes with; ``experts_per_token`` the mean over layers and tokens of
+    those that run for the token (for its group: all of them; a dense layer counts as one). Bytes are those of the
+    predicted tokens' text; ``<|endoftext|>`` has none."""
 
     mode: str
     perplexity: float
@@ -73,7 +82,7 @@ class Evaluator:
     ) -> None:
         self.model, self.config, self.fill, self._kernels = model, model.config, fill, kernels
         # Mixing is measured in full groups only: as many windows as fill them.
-        full = windows.shape[0] - windows.shape[0] % (self.config.group_size if self.config.is_mot else 1)
+        full = windows.shape[0] - windows.shape[0] % (self.config.group_size if self.config.is_grouped else 1)
         if not full:
             raise TrainingError(
                 f"data: {windows.shape[0]} windows are fewer than one group ({self.config.group_size}) needs"
@@ -89,13 +98,16 @@ class Evaluator:
     def run(
         self, mode: Mode, *, temperature: float, skip_below: float, progress: Callable[[float], None] | None = None
     ) -> Evaluation:
-        """``temperature`` and ``skip_below`` matter to ``private`` only. ``progress`` gets the fraction done."""
+        """``temperature`` and ``skip_below`` matter to ``private`` only. ``progress`` gets the fraction done. Raises
+        ValueError for a mode that the model has not."""
+        if mode not in modes_of(self.config):
+            raise ValueError(f"mode: {mode!r} needs tokens that mix; a {self.config.model_type} model has 'mixed' only")
         if mode == "private_unmixed":
             temperature, skip_below = 0.0, 0.0
         elif mode != "private":
             temperature = self.config.temperature
         nats, used, done = 0.0, 0.0, 0
-        size = self.config.group_size if mode == "mixed" and self.config.is_mot else 1
+        size = self.config.group_size if mode == "mixed" and self.config.is_grouped else 1
         for batch in torch.split(self.windows, size):
             loss, experts = self._score(batch, mode, temperature, skip_below)
             nats, used, done = nats + loss, used + experts, done + batch.shape[0]
@@ -111,7 +123,9 @@ class Evaluator:
         count, length = batch.shape[0], batch.shape[1] - 1
         positions = torch.arange(length).repeat(count)
         mix: Mix
-        if mode in ("private", "private_unmixed"):
+        if not self.config.is_grouped:
+            mix = TokenChoice()
+        elif mode in ("private", "private_unmixed"):
             rows = torch.ones(count * length)
             mix = PrivateRows(
                 self.config,
@@ -131,7 +145,12 @@ class Evaluator:
             loss += float(F.cross_entropy(self.model.logits(rows).float(), targets, reduction="sum"))
         if isinstance(mix, PrivateRows):
             return loss, float(mix.experts_used.sum()) / self.config.n_layer
-        return loss, float(count * length * self.config.n_expert)
+        return loss, float(count * length * self._experts_run())
+
+    def _experts_run(self) -> int:
+        if self.config.is_token_choice:
+            return self.config.experts_per_token + self.config.n_shared_expert
+        return self.config.n_expert if self.config.is_grouped else 1
 
 
 def _attend(batch: int, heads: int, layer: int, qkv: Tensor) -> Tensor:
@@ -151,7 +170,7 @@ class Opened:
 
     def evaluator(self, crowd: ReferenceCrowd | None, kernels: Kernels | None = None) -> Evaluator:
         config = self.model.config
-        fill = Fill.build("reference", config, self.model.banks, crowd) if config.is_mot else Fill("none", None)
+        fill = Fill.build("reference", config, self.model.banks, crowd) if config.is_grouped else Fill("none", None)
         return Evaluator(self.model, self.windows, fill, self.tokenizer, kernels)
 
 
@@ -162,7 +181,7 @@ def open_for_scoring(folder: Path, data: Path, *, windows: int | None) -> Opened
     tokenizer = Tokenizer.load(folder)
     if tokenizer is None:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: not found; text cannot be scored without it")
-    if windows is not None and model.config.is_mot:
+    if windows is not None and model.config.is_grouped:
         windows = -(-windows // model.config.group_size) * model.config.group_size
     stream = encode_corpus(tokenizer, read_text(data))
     return Opened(model, tokenizer, windows_of(stream, model.config.n_positions, windows))

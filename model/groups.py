@@ -1,4 +1,4 @@
-"""The MoT layer as the engine runs it: shared groups of live rows, and private rows beside the reference crowd.
+"""MoT and Expert Choice as the engine runs them: shared groups of live rows, private rows beside the reference crowd.
 
 Both are ``mix`` callables for ``Transformer.forward``. They know rows, places and positions, nothing of requests.
 The plain twin of both is ``mixing.mix_groups`` on the same members.
@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.layers import TILE, tile_matmul
-from model.mixing import Activation, ExpertBank, mixing_entropy, mixing_weights
+from model.layers import TILE, activate_rows, tile_matmul
+from model.mixing import ExpertBank, mixing_entropy, mixing_weights
 from model.native import Kernels
 from model.reference import ReferenceCrowd
 
 GroupFill = Literal["reference", "zeros", "none"]
-
-_VECTOR = 64  # elements; a multiple of every vector width, so that an elementwise kernel has no scalar remainder
-_SERIAL = 32768  # elements; below this torch runs an elementwise kernel in one piece
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,9 @@ class SharedGroups:
         members, scores = self._gather(layer, bank, live)
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
-        merge, emit = mixing_weights(scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete)
+        merge, emit = mixing_weights(
+            scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated
+        )
         mixes = torch.bmm(merge.transpose(1, 2), members).transpose(0, 1)  # [E, n, D]
         self.entropy += mixing_entropy(merge.float())
         return mixes, torch.nan_to_num(emit) if self._empty is not None else emit
@@ -105,6 +104,7 @@ class SharedGroups:
             own = self._kernels.linear(live, bank.controller, None, by_output=False)
         else:
             own = live @ bank.controller
+        own = bank.scores(own)
         if self._fill.crowd is None:
             members = own.new_zeros(count, self._size, width)
             scores = own.new_zeros(count, self._size, own.shape[1])
@@ -153,11 +153,11 @@ class PrivateRows:
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         if self._kernels is not None:
             return self.beside(layer, bank, x, x.new_empty(bank.lin1.shape[0], 0, x.shape[1]))[0]
-        own = tile_matmul(x, bank.controller).float()  # [n, E]
+        own = bank.scores(tile_matmul(x, bank.controller).float())  # [n, E]
         mixes, emit = self._weights(layer, bank, x, own)
         used = (emit >= self._skip_below[:, None]) & (emit > 0) & self._live[:, None]
         self.experts_used += used.sum(1)
-        return _sparse_experts(bank, mixes, emit, used)
+        return sparse_experts(bank, mixes, emit, used)
 
     def beside(self, layer: int, bank: ExpertBank, x: Tensor, mixes: Tensor) -> tuple[Tensor, Tensor]:
         """With kernels: this layer for ``x``, and shared groups' ``mixes [E, n, D]`` through the same experts while
@@ -193,6 +193,8 @@ class PrivateRows:
             best = torch.zeros_like(own).scatter_(1, own.argmax(1, keepdim=True), 1.0)
             spread = best if bank.discrete else torch.softmax(own / self._divisor[:, None], dim=1)
             emit = torch.where(self._unmixed[:, None], best * wins, spread)
+        if bank.gated:
+            emit = emit * own
         mixes = torch.bmm(merge.to(x.dtype), members)
         return torch.where(self._unmixed[:, None, None], x[:, None], mixes), emit
 
@@ -204,7 +206,7 @@ def _first_only(wins: Tensor, size: int) -> Tensor:
     return weights
 
 
-def _sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) -> Tensor:
+def sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) -> Tensor:
     """Sum over the used experts of ``emit[t, e] * expert_e(mixes[t, e])``: ``[n, D]``, experts in ascending order."""
     out = torch.zeros(mixes.shape[0], mixes.shape[2], dtype=torch.float32, device=mixes.device)
     experts, rows = used.t().nonzero(as_tuple=True)
@@ -223,11 +225,3 @@ def _sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor)
         out[chosen] += emit[chosen, expert, None] * answer
         begin = end
     return out.to(mixes.dtype)
-
-
-def activate_rows(activation: Activation, hidden: Tensor) -> Tensor:
-    """``activation`` so that a row's bits do not depend on its place: vector kernels treat the last few elements of
-    their input, and those at a border between threads, by other code, whose last bit may differ."""
-    if hidden.numel() % _VECTOR == 0 and hidden.numel() < _SERIAL:
-        return activation(hidden)
-    return torch.stack([activation(row) for row in hidden.unbind(0)])

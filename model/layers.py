@@ -71,3 +71,23 @@ def tile_matmul(tile: Tensor, weight: Tensor) -> Tensor:
         return tile @ weight
     padding = weight.new_zeros(weight.shape[0], _NARROW - columns)
     return (tile @ torch.cat((weight, padding), 1))[:, :columns].contiguous()
+
+
+_VECTOR = 64  # elements; a multiple of every vector width, so that an elementwise kernel has no scalar remainder
+_SERIAL = 32768  # elements; below this torch runs an elementwise kernel in one piece
+
+
+def activate_rows(activation: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """``activation`` so that a row's bits do not depend on its place: vector kernels treat the last few elements of
+    their input, and those at a border between threads, by other code, whose last bit may differ."""
+    if hidden.numel() % _VECTOR == 0 and hidden.numel() < _SERIAL:
+        return activation(hidden)
+    return torch.stack([activation(row) for row in hidden.unbind(0)])
+
+
+class TiledArithmetic(TorchArithmetic):
+    """Torch's for private rows in a shape that is constant or their request's own: a row's bits do not depend on its
+    place either."""
+
+    def activate(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        return activate_rows(activation, x)

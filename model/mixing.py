@@ -1,5 +1,8 @@
 """The Mixture-of-Tokens layer: mixing weights, experts, redistribution (Antoniak et al., arXiv 2310.15961).
 
+Expert Choice routing (``gated``) is its limit T = 0 but for two things: scores are a softmax over experts, and an
+answer counts by its token's score, so that routing is learnt.
+
 Knows groups of activations and nothing of requests, positions or KV. ``ExpertBank`` holds one layer's weights;
 ``mix_groups`` is the plain form that training and evaluation use and that the serving forms are tested against.
 """
@@ -33,7 +36,11 @@ ACTIVATION_FUNCTIONS: dict[str, Activation] = {
 
 
 class ExpertBank(nn.Module):
-    """Weights of one MoT layer: ``controller [D, E]``, ``lin1 [E, D, S]``, ``lin2 [E, S, D]``, no biases.
+    """Weights of one layer of experts: ``controller [D, E]``, ``lin1 [E, D, S]``, ``lin2 [E, S, D]``, no biases.
+
+    How rows meet the experts is up to the ``mix`` that is handed in: this module's and ``model.groups``' for MoT and
+    Expert Choice, ``model.token_choice``'s for ``switch`` and ``top-k``, whose shared experts follow the routed ones
+    in ``lin1`` and ``lin2``.
 
     ``quantize`` turns the experts to int8 with ``scale1 [E, S]`` and ``scale2 [E, D]``, one scale an output channel:
     a weight is its integer times its channel's scale.
@@ -44,8 +51,8 @@ class ExpertBank(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        d, e, s = config.n_embd, config.n_expert, config.expert_size
-        self.controller = nn.Parameter(torch.empty(d, e))
+        d, e, s = config.n_embd, config.n_expert + config.n_shared_expert, config.expert_size
+        self.controller = nn.Parameter(torch.empty(d, config.n_expert))
         self.lin1 = nn.Parameter(torch.empty(e, d, s))
         self.lin2 = nn.Parameter(torch.empty(e, s, d))
         self.activation = ACTIVATION_FUNCTIONS[config.activation_function]
@@ -53,11 +60,19 @@ class ExpertBank(nn.Module):
         self.discrete = config.use_discrete_routing
         self.register_buffer("scale1", None)
         self.register_buffer("scale2", None)
+        self.gated = config.model_type == "expert-choice"
+        self.per_token = config.experts_per_token
+        self.shared = config.n_shared_expert
+        self.normalize = config.normalize_gates
 
     def initialize(self, std: float, residual_std: float) -> None:
         nn.init.normal_(self.controller, std=std)
         nn.init.normal_(self.lin1, std=std)
         nn.init.normal_(self.lin2, std=residual_std)
+
+    def scores(self, products: Tensor) -> Tensor:
+        """``x @ controller [..., E]`` to scores: MoT's are the products, Expert Choice's their softmax over experts."""
+        return torch.softmax(products, -1) if self.gated else products
 
     def experts(self, mixes: Tensor) -> Tensor:
         """``mixes [E, n, D]`` to ``[E, n, D]``: every expert on its own rows."""
@@ -83,7 +98,8 @@ class ExpertBank(nn.Module):
         for name in ("scale1", "scale2"):
             scale = getattr(self, name)
             part.register_buffer(name, None if scale is None else scale[:count])
-        part.activation, part.over_experts, part.discrete = self.activation, self.over_experts, self.discrete
+        for name in ("activation", "over_experts", "discrete", "gated", "per_token", "shared", "normalize"):
+            setattr(part, name, getattr(self, name))
         return part
 
     def quantize(self) -> None:
@@ -105,13 +121,18 @@ def _one_hot_at_maximum(values: Tensor, dim: int) -> Tensor:
 
 
 def mixing_weights(
-    scores: Tensor, temperature: float | Tensor, *, over_experts: bool, discrete: bool
+    scores: Tensor, temperature: float | Tensor, *, over_experts: bool, discrete: bool, gated: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``scores [n, G, E]`` to the weights that mix and the weights that redistribute, both ``[n, G, E]``.
 
     ``w[t, e] = softmax over t of s[t, e] / T``; redistribution uses the same or, ``over_experts``, a softmax over
-    ``e``. ``discrete`` or T = 0 turn both into one-hot at their maximum.
+    ``e``. ``discrete`` or T = 0 turn both into one-hot at their maximum. ``gated``: Expert Choice (Zhou et al.,
+    arXiv 2202.09368) with room for one token of a group: each expert takes the token that scores best, and its answer
+    counts by that score.
     """
+    if gated:
+        merge = _one_hot_at_maximum(scores, 1)
+        return merge, torch.where(merge > 0, scores, 0.0)
     if discrete or (not isinstance(temperature, Tensor) and temperature == 0):
         merge = _one_hot_at_maximum(scores, 1)
         return merge, _one_hot_at_maximum(scores, 2) if over_experts else merge
@@ -122,8 +143,9 @@ def mixing_weights(
 def mix_groups(bank: ExpertBank, members: Tensor, temperature: float | Tensor) -> Tensor:
     """``members [n, G, D]``, n groups of G tokens after the layer norm, to ``[n, G, D]``."""
     merge, emit = mixing_weights(
-        members @ bank.controller, temperature, over_experts=bank.over_experts, discrete=bank.discrete
-    )
+        bank.scores(members @ bank.controller), temperature,
+        over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated,
+    )  # fmt: skip
     mixes = torch.bmm(merge.transpose(1, 2), members)  # [n, E, D]
     outputs = bank.experts(mixes.transpose(0, 1))  # [E, n, D]
     return torch.bmm(emit, outputs.transpose(0, 1))

@@ -35,7 +35,10 @@ class ReferenceCrowd:
     def __init__(self, activations: Tensor, banks: list[ExpertBank], *, fingerprint: str | None) -> None:
         self.places = activations.flip(2).contiguous()
         self.scores = torch.stack(
-            [(layer @ bank.controller).transpose(1, 2) for layer, bank in zip(self.places, banks, strict=True)]
+            [
+                bank.scores(layer @ bank.controller).transpose(1, 2)
+                for layer, bank in zip(self.places, banks, strict=True)
+            ]
         ).contiguous()
         self.fingerprint = fingerprint
 

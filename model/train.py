@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,87 +30,11 @@ from model.errors import TrainingError
 from model.joint import JointSequences, joint_loss
 from model.mixing import WholeSequences
 from model.optimizer import Muon
+from model.recipe import TrainSettings
+from model.token_choice import TrainedTokenChoice
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.tokenizer import FILE as TOKENIZER_FILE
 from model.transformer import Mix, Transformer
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """One run. Lengths are in tokens; the batch is ``batch`` windows of ``length`` tokens a step.
-
-    The temperature stays at the configuration's until ``anneal_from`` of the steps are done, then falls
-    geometrically to ``final_temperature`` (DESIGN of the layer: a sharper softmax is cheaper to decode privately).
-    """
-
-    steps: int = 3000
-    batch: int = 16
-    length: int = 256
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: weight matrices by Muon, the rest by AdamW
-    learning_rate: float = 2e-3
-    matrix_rate: float = 2.0  # Muon's rate over AdamW's
-    final_rate_fraction: float = 0.1
-    warmup: int = 100
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    final_temperature: float = 0.1
-    anneal_from: float = 0.6
-    joint_copies: int = 0  # sequences of a step that also decode unmixed, see model/joint.py
-    joint_weight: float = 0.35  # of the copies' loss
-    joint_distill: float = 0.5  # share of the mixed mode's prediction in the copies' target
-    seed: int = 0
-    save_every: int = 200
-    autocast: bool = False
-    compile: bool = False
-
-    def check(self, config: ModelConfig) -> None:
-        """Raises TrainingError naming the setting and the reason."""
-        for name in ("steps", "batch", "length", "save_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.length > config.n_positions:
-            raise TrainingError(f"length ({self.length}) exceeds the model's n_positions ({config.n_positions})")
-        if config.is_mot and self.batch % config.group_size:
-            raise TrainingError(
-                f"batch ({self.batch}) must be a multiple of group_size ({config.group_size}): "
-                "a group is filled with sequences of the batch"
-            )
-        for name in ("learning_rate", "matrix_rate", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise TrainingError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.optimizer not in ("adamw", "muon"):
-            raise TrainingError(f"optimizer must be adamw or muon, not {self.optimizer}")
-        if not 0 <= self.warmup <= self.steps:
-            raise TrainingError(f"warmup ({self.warmup}) must lie between 0 and steps ({self.steps})")
-        if not 0 <= self.anneal_from <= 1:
-            raise TrainingError(f"anneal_from ({self.anneal_from}) must lie between 0 and 1")
-        if not 0 <= self.joint_copies <= self.batch:
-            raise TrainingError(f"joint_copies ({self.joint_copies}) must lie between 0 and batch ({self.batch})")
-        if self.joint_copies and (not config.is_mot or config.emit_softmax_over_experts or config.use_discrete_routing):
-            raise TrainingError("joint_copies: only for a mot model with one softmax over tokens")
-        if not (0 <= self.joint_weight < float("inf") and 0 <= self.joint_distill <= 1):
-            raise TrainingError("joint_weight must not be negative and joint_distill must lie between 0 and 1")
-        if config.is_mot and not 0 < self.final_temperature <= config.temperature:
-            raise TrainingError(
-                f"final_temperature ({self.final_temperature}) must lie above 0 and not above the starting "
-                f"temperature ({config.temperature})"
-            )
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step counted from 0: linear warm-up, then cosine to the final fraction."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        floor = self.final_rate_fraction
-        return self.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
-
-    def temperature(self, step: int, start: float) -> float:
-        done = (step / self.steps - self.anneal_from) / max(1e-9, 1 - self.anneal_from)
-        if done <= 0 or self.anneal_from >= 1:
-            return start
-        return float(
-            start * (self.final_temperature / start) ** min(1.0, done * 1.1)
-        )  # the last tenth stays at the end
 
 
 @dataclass(frozen=True)
@@ -122,40 +46,11 @@ class Progress:
     loss: float  # nats per token
     learning_rate: float
     temperature: float
+    balance: float  # token choice's balance loss, mean over layers: about 1 when even; 0 for other kinds
     tokens_per_second: float
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-def preset_named(name: str, changes: dict[str, Any]) -> tuple[ModelConfig, TrainSettings]:
-    """A model and how to train it, with some settings changed. ``demo`` is the bundled checkpoint's recipe: 16 times
-    the feed-forward parameters of the dense model with the same FLOPs; ``tiny`` is done in seconds. Raises
-    TrainingError for another name."""
-    if name == "demo":
-        config = ModelConfig(
-            vocab_size=4096,
-            n_positions=256,
-            n_embd=256,
-            n_layer=4,
-            n_head=8,
-            group_size=16,
-            n_expert=64,
-            expert_size=72,
-        )
-        settings = TrainSettings(
-            steps=1900, optimizer="muon", learning_rate=3e-3, matrix_rate=1.5, warmup=60, final_rate_fraction=0.03,
-            save_every=100, compile=True,
-        )  # fmt: skip
-    elif name == "tiny":
-        config = ModelConfig(
-            vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=4, group_size=4, n_expert=8, expert_size=32
-        )
-        settings = TrainSettings(steps=50, batch=8, length=64, warmup=10, save_every=25)
-    else:
-        raise TrainingError(f"preset must be demo or tiny, not {name!r}")
-    settings = dataclasses.replace(settings, **changes)
-    return config, dataclasses.replace(settings, warmup=min(settings.warmup, settings.steps))
 
 
 def prepare_corpus(folder: Path, files: list[Path], *, vocab_size: int) -> tuple[Tokenizer, Any]:
@@ -184,7 +79,7 @@ class Trainer:
         self.optimizers = self._optimizers()
         self.positions = torch.arange(settings.length).repeat(settings.batch + settings.joint_copies)
         self.step = 0
-        self._loss: Callable[[Tensor, Tensor], Tensor] = (
+        self._loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
             torch.compile(self._plain_loss) if settings.compile else self._plain_loss
         )
 
@@ -232,11 +127,16 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
         return [torch.optim.AdamW(groups, betas=(0.9, 0.95))]
 
-    def _plain_loss(self, ids: Tensor, temperature: Tensor) -> Tensor:
-        """``ids [batch, length + 1]`` to the mean cross-entropy in nats per token."""
+    def _plain_loss(self, ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``ids [batch, length + 1]`` to what is minimised, the loss to report (the mean cross-entropy in nats per
+        token), and token choice's balance loss."""
         batch, copies = ids.shape[0], self.settings.joint_copies
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        mix: Mix = WholeSequences(self.config, batch, temperature=temperature)
+        weight, capacity_factor = self.settings.token_choice(self.config)
+        choice = TrainedTokenChoice(capacity_factor)
+        mix: Mix = choice
+        if self.config.is_grouped:
+            mix = WholeSequences(self.config, batch, temperature=temperature)
         if copies:
             inputs = torch.cat((inputs, inputs[:copies]))
             mix = JointSequences(self.config, batch, copies, temperature=temperature)
@@ -249,18 +149,23 @@ class Trainer:
         )
         logits = self.model.logits(hidden)
         if copies:
-            return joint_loss(
+            loss = joint_loss(
                 logits.view(rows, self.settings.length, -1), targets, copies,
                 weight=self.settings.joint_weight, distill=self.settings.joint_distill,
             )  # fmt: skip
-        return F.cross_entropy(logits.float(), targets.reshape(-1))
+        else:
+            loss = F.cross_entropy(logits.float(), targets.reshape(-1))
+        if not choice.balance:
+            return loss, loss, torch.zeros(())
+        balance = torch.stack(choice.balance)
+        return loss + weight * balance.sum(), loss, balance.mean()
 
     def train_step(self) -> Progress:
         """One optimizer step."""
         began = time.perf_counter()
         settings = self.settings
         rate = settings.rate(self.step)
-        temperature = settings.temperature(self.step, self.config.temperature)
+        temperature = self._temperature()
         for optimizer in self.optimizers:
             factor = settings.matrix_rate if isinstance(optimizer, Muon) else 1.0
             for group in optimizer.param_groups:
@@ -268,15 +173,21 @@ class Trainer:
         autocast = torch.autocast("cpu", torch.bfloat16) if settings.autocast else contextlib.nullcontext()
         with autocast:
             # A tensor, so that a compiled graph is not compiled again at each temperature.
-            loss = self._loss(self.sampler.batch(self.step), torch.tensor(temperature))
-        loss.backward()  # type: ignore[no-untyped-call]
+            minimised, loss, balance = self._loss(self.sampler.batch(self.step), torch.tensor(temperature))
+        minimised.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         speed = settings.batch * settings.length / (time.perf_counter() - began)
-        return Progress(self.step, settings.steps, float(loss.detach()), rate, temperature, speed)
+        even = float(balance.detach())
+        return Progress(self.step, settings.steps, float(loss.detach()), rate, temperature, even, speed)
+
+    def _temperature(self) -> float:
+        """The mixing temperature of the step at hand: annealed for MoT only."""
+        start = self.config.temperature
+        return self.settings.temperature(self.step, start) if self.config.is_mot else start
 
     def run(self) -> Iterator[Progress]:
         """Train to the end, saving the state as it goes; ends with ``export``. Raises TrainingError when the loss is
@@ -317,11 +228,12 @@ class Trainer:
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
-        for name, mine in (
-            ("config", dataclasses.asdict(self.config)),
-            ("settings", dataclasses.asdict(self.settings)),
+        for name, mine, defaults in (
+            ("config", dataclasses.asdict(self.config), dataclasses.asdict(ModelConfig())),
+            ("settings", dataclasses.asdict(self.settings), dataclasses.asdict(TrainSettings())),
         ):
-            changed = [key for key, value in mine.items() if state[name].get(key) != value]
+            saved = defaults | state[name]  # what a state of an older version does not name had its default
+            changed = [key for key, value in mine.items() if saved[key] != value]
             if changed:
                 raise TrainingError(
                     f"{path}: belongs to a run with another {', '.join(changed)}; choose another folder"
@@ -334,10 +246,7 @@ class Trainer:
 
     def export(self, dtype: torch.dtype) -> None:
         """Write the checkpoint that the server loads, at the temperature that training has reached."""
-        final = self.config
-        if final.is_mot:
-            final = final.replace(temperature=self.settings.temperature(self.step, final.temperature))
-        self.model.config = final
+        self.model.config = self.config.replace(temperature=self._temperature())
         save_model(self.model, self.folder, dtype=dtype)
         self.model.config = self.config
 

@@ -26,7 +26,8 @@ class Attend(Protocol):
 
 
 class Mix(Protocol):
-    """One MoT layer over rows ``x [n, D]`` after the layer norm; returns ``[n, D]``. Groups are its affair."""
+    """One layer of experts over rows ``x [n, D]`` after the layer norm; returns ``[n, D]``. Who uses which expert, and
+    with whom, is its affair."""
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor: ...
 
@@ -37,7 +38,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = ExpertBank(config) if config.is_mot else DenseFeedForward(config)
+        self.mlp = ExpertBank(config) if config.has_experts else DenseFeedForward(config)
 
     def forward(self, layer: int, x: Tensor, attend: Attend, mix: Mix, arithmetic: Arithmetic) -> Tensor:
         qkv = arithmetic.affine(self.ln_1(x), self.attn.c_attn)
@@ -64,7 +65,7 @@ class Transformer(nn.Module):
 
     @property
     def banks(self) -> list[ExpertBank]:
-        """The MoT layers, in order; empty for a dense model."""
+        """The layers of experts, in order; empty for a dense model."""
         return [block.mlp for block in self.blocks if isinstance(block.mlp, ExpertBank)]
 
     @property

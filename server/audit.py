@@ -277,11 +277,11 @@ def _nearest(distances: np.ndarray, rng: random.Random) -> int:
 
 def open_engine(settings: Settings, mode: Mode) -> tuple[Engine, Privacy]:
     """An engine to attack, and its default pair. ``one_hot_shared`` routes one-hot within shared groups: annealing
-    without isolation. Raises CheckpointError, and ValueError for a dense model, which has nothing to audit."""
+    without isolation. Raises CheckpointError, and ValueError for a model without groups, which has nothing to audit."""
     loaded = load(settings)
     engine = loaded.engine.direct
-    if not engine.config.is_mot:
-        raise ValueError(f"model: {loaded.folder} is a dense model: its requests never mix")
+    if not engine.config.is_grouped:
+        raise ValueError(f"model: {loaded.folder} is a {engine.config.model_type} model: its requests never mix")
     if mode == "one_hot_shared":
         for bank in engine.runner.model.banks:
             bank.discrete = True

@@ -109,7 +109,7 @@ def load_privacy(folder: Path, config: ModelConfig) -> Privacy:
 
 def build_fill(settings: Settings, folder: Path, model: Transformer) -> Fill:
     """The fill that the settings ask for, with a warning where the checkpoint has no crowd."""
-    if not model.config.is_mot:
+    if not model.config.is_grouped:
         return Fill("none", None)
     crowd = reference.load(folder, model) if settings.group_fill == "reference" else None
     if settings.group_fill == "reference" and crowd is None:
@@ -124,7 +124,7 @@ def build_fill(settings: Settings, folder: Path, model: Transformer) -> Fill:
 def quantize_experts(model: Transformer) -> None:
     """Experts to int8, layer by layer. Raises ValueError for a model that has none."""
     if not model.banks:
-        raise ValueError("quantize: int8 is for the experts of a Mixture-of-Tokens model, which this one is not")
+        raise ValueError("quantize: int8 is for experts, and a dense model has none")
     for bank in model.banks:
         bank.quantize()
 
@@ -156,7 +156,7 @@ def load(settings: Settings) -> Loaded:
         model_type=config.model_type,
         vocab_size=config.vocab_size,
         max_positions=config.n_positions,
-        group_size=config.group_size if config.is_mot else 1,
+        group_size=config.group_size if config.is_grouped else 1,
         temperature=config.temperature,
         default_privacy=load_privacy(folder, config),
         group_fill=fill.kind,
@@ -187,12 +187,11 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
     if kernels is not None:
         projection = model.blocks[0].attn.c_attn
         kernels.measure_rows(projection.weight, projection.bias)
-    if kernels is not None and config.is_mot:
+    if kernels is not None and config.is_grouped:
         kernels.measure(model.banks[0])
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
-    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_mot else 1)
-    loss = loss_at(config.temperature)
-    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss)
+    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_grouped else 1)
+    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss_at(config.temperature))
     swap_blocks = settings.swap_memory // block_bytes
     limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)
     return Engine(runner, policy, limits, tokenizer, blocks=blocks, align_wait=settings.max_align_wait / 1000)

@@ -60,7 +60,7 @@ class _PrivateLayer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "D", "E", "S", "places", "members")),
-        *((name, ctypes.c_int32) for name in ("activation", "over_experts", "discrete", "weights", "half")),
+        *((name, ctypes.c_int32) for name in ("activation", "over_experts", "discrete", "gated", "weights", "half")),
         *(
             (name, ctypes.c_void_p)
             for name in (
@@ -92,6 +92,7 @@ class Kernels:
         self._linear = _function(loaded, "motserve_linear", [pointer] * 4 + [wide] * 3 + [number] * 2)
         self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 4 + [number] * 2)
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
+        self._routed = _function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
         self._attend = _function(loaded, "motserve_attend", [pointer] * 6 + [wide] * 5 + [number])
         self._draw = _function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
         self._score = _function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
@@ -176,13 +177,16 @@ class Kernels:
         self, x: Tensor, bank: ExpertBank, crowd: tuple[Tensor, Tensor] | None, *, positions: Tensor,
         temperatures: Tensor, skip_below: Tensor, live: Tensor, entropy: Tensor, used: Tensor, mixes: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """One MoT layer for private rows ``x [n, D]``: see ``groups.PrivateRows``, which is its plain twin. ``crowd``:
-        one layer's ``[P, G, D]`` and scores ``[P, E, G]``. Adds to ``entropy`` and ``used [n]``; float32 ``[n, D]``.
-        Beside them ``bank`` for ``mixes [E, groups, D]``, groups may be 0, while the weights are at hand."""
+        """One MoT or (``gated``) Expert Choice layer for private rows ``x [n, D]``; ``groups.PrivateRows`` is its plain
+        twin. ``crowd``: one layer's ``[P, G, D]`` and scores ``[P, E, G]``. Adds to ``entropy`` and ``used [n]``;
+        float32 ``[n, D]``. Beside them ``bank`` for ``mixes [E, groups, D]``, groups may be 0, while the weights are at
+        hand."""
         x = x.float().contiguous()
         mixes = mixes.float().contiguous()
         outputs = torch.empty_like(mixes)
         own = self.linear(x, bank.controller, None, by_output=False)
+        if bank.gated:
+            own = torch.softmax(own, 1)  # row by row
         out = torch.empty_like(x)
         members, scores = crowd if crowd is not None else (own, own)
         assert members.is_contiguous() and scores.is_contiguous()
@@ -192,7 +196,7 @@ class Kernels:
             places=members.shape[0] if crowd is not None else 1,
             members=members.shape[1] if crowd is not None else 0,
             activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
-            weights=_TYPES[bank.lin1.dtype], half=_half(members),
+            gated=bank.gated, weights=_TYPES[bank.lin1.dtype], half=_half(members),
             x=x.data_ptr(), own=own.data_ptr(), crowd=members.data_ptr(), crowd_scores=scores.data_ptr(),
             positions=positions.data_ptr(), temperatures=temperatures.data_ptr(), skip_below=skip_below.data_ptr(),
             live=live.data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2, out=out.data_ptr(),
@@ -201,6 +205,21 @@ class Kernels:
         )  # fmt: skip
         self._private(ctypes.byref(layer))
         return out, outputs
+
+    def routed(self, x: Tensor, gates: Tensor, bank: ExpertBank) -> Tensor:
+        """``x [n, D]`` through the experts whose ``gates [n, E]`` (float32) are above 0, answers weighted by them and
+        added up in order of experts: float32 ``[n, D]``. Each expert's weights are read once."""
+        x, gates = x.float().contiguous(), gates.contiguous()
+        rows, width = x.shape
+        lin1, lin2, scale1, scale2 = _experts(bank)
+        experts, size = bank.lin1.shape[0], bank.lin1.shape[2]
+        assert bank.lin1.shape[1] == width and gates.shape == (rows, experts) and gates.dtype is torch.float32
+        out = torch.empty_like(x)
+        self._routed(
+            x.data_ptr(), gates.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(),
+            rows, experts, width, size, activation_kind(bank.activation), _TYPES[bank.lin1.dtype],
+        )  # fmt: skip
+        return out
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
         """``queries [n, H, hd]``, each over the first ``lengths [n]`` places of its ``tables [n, b]``, in ``keys`` and

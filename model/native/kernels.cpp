@@ -418,6 +418,19 @@ struct Experts {
     }
 };
 
+// Calls use with the experts of a type known at run time only: 0 float32, 1 bfloat16, 2 int8.
+template <class F>
+void with_experts(const void* lin1, const void* lin2, const float* scale1, const float* scale2, long D, long S,
+                  int activation, int weights, F use) {
+    const auto typed = [&](auto* first, auto* second) {
+        typedef std::remove_const_t<std::remove_pointer_t<decltype(first)>> W;
+        use(Experts<W>{first, second, scale1, scale2, D, S, activation});
+    };
+    if (weights == 2) typed(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
+    else if (weights == 1) typed(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
+    else typed(static_cast<const float*>(lin1), static_cast<const float*>(lin2));
+}
+
 template <class W>
 void bank(const Experts<W>& experts, const float* mixes, float* out, long E, long n) {
     const long D = experts.D;
@@ -438,7 +451,7 @@ extern "C" {
 struct PrivateLayer {
     int64_t n, D, E, S;
     int64_t places, members;  // of the crowd: positions it has, members of a group; 0 members: no crowd
-    int32_t activation, over_experts, discrete;
+    int32_t activation, over_experts, discrete, gated;
     int32_t weights, half;  // type of the experts; whether the crowd is bfloat16
     const float* x;            // [n, D]
     const float* own;          // [n, E] scores
@@ -467,8 +480,22 @@ namespace {
 struct Pair {
     long row, expert;
     float emit;
-    float* mix;
 };
+
+// Answers by their weights, added up: experts in ascending order for every row; threads share columns out, never one
+// sum. Zeros for a row without answers.
+void add_up(const std::vector<Pair>& pairs, const std::vector<float>& answers, float* out, long n, long D) {
+    std::fill(out, out + n * D, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (long d = 0; d < D; d += 64) {
+        const long end = std::min(D, d + 64);
+        for (size_t p = 0; p < pairs.size(); ++p) {
+            float* to = out + pairs[p].row * D;
+            const float* answer = &answers[p * D];
+            for (long i = d; i < end; ++i) to[i] = fused(pairs[p].emit, answer[i], to[i]);
+        }
+    }
+}
 
 // Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
 template <class C>
@@ -519,6 +546,7 @@ float mixing_weights(const PrivateLayer& l, long row, const C* scores, float* me
             for (long e = 0; e < l.E; ++e) emit[e] /= total;
         }
     }
+    if (l.gated) for (long e = 0; e < l.E; ++e) emit[e] *= own[e];
     return size > 1 ? float(spent / l.E / std::log(double(size))) : 0.0f;
 }
 
@@ -560,7 +588,7 @@ void private_layer(const PrivateLayer& l) {
         for (long row = 0; row < l.n; ++row) {
             const float w = emit[row * l.E + e];
             if (!l.live[row] || !(w > 0) || !(w >= l.skip_below[row])) continue;
-            pairs.push_back({row, e, w, nullptr});
+            pairs.push_back({row, e, w});
             ++l.used[row];
         }
     }
@@ -585,17 +613,33 @@ void private_layer(const PrivateLayer& l) {
         const auto to = row_pointers(&answers[first[e] * l.D], count, l.D);
         experts.run(e, from.data(), to.data(), count, hidden.data());
     }
-    std::fill(l.out, l.out + l.n * l.D, 0.0f);
-    // Experts in ascending order for every row; threads share rows out, never one row's sum.
-#pragma omp parallel for schedule(static)
-    for (long d = 0; d < l.D; d += 64) {
-        const long end = std::min(l.D, d + 64);
-        for (size_t p = 0; p < pairs.size(); ++p) {
-            float* out = l.out + pairs[p].row * l.D;
-            const float* answer = &answers[p * l.D];
-            for (long i = d; i < end; ++i) out[i] = fused(pairs[p].emit, answer[i], out[i]);
-        }
+    add_up(pairs, answers, l.out, l.n, l.D);
+}
+
+// Token choice: each row through the experts whose gate is above zero.
+template <class W>
+void routed(const Experts<W>& experts, const float* x, const float* gates, float* out, long n, long E) {
+    const long D = experts.D;
+    std::vector<Pair> pairs;
+    std::vector<long> first(E + 1);
+    for (long e = 0; e < E; ++e) {
+        first[e] = pairs.size();
+        for (long row = 0; row < n; ++row)
+            if (gates[row * E + e] > 0) pairs.push_back({row, e, gates[row * E + e]});
     }
+    first[E] = pairs.size();
+    std::vector<float> answers(pairs.size() * D);
+#pragma omp parallel for schedule(dynamic, 1)
+    for (long e = 0; e < E; ++e) {
+        const long count = first[e + 1] - first[e];
+        if (count == 0) continue;
+        std::vector<const float*> from(count);
+        for (long i = 0; i < count; ++i) from[i] = x + pairs[first[e] + i].row * D;
+        const auto to = row_pointers(&answers[first[e] * D], count, D);
+        std::vector<float> hidden(count * experts.S);
+        experts.run(e, from.data(), to.data(), count, hidden.data());
+    }
+    add_up(pairs, answers, out, n, D);
 }
 
 // Attention of single queries over their own paged keys and values.
@@ -749,16 +793,10 @@ void motserve_linear(const float* x, const void* weight, const float* bias, floa
     else linear(x, static_cast<const float*>(weight), bias, out, rows, K, N, by_output);
 }
 
-// weights: 0 float32, 1 bfloat16, 2 int8
 void motserve_bank(const float* mixes, const void* lin1, const void* lin2, const float* scale1, const float* scale2,
                    float* out, int64_t E, int64_t n, int64_t D, int64_t S, int32_t activation, int32_t weights) {
-    const auto run = [&](auto* first, auto* second) {
-        typedef std::remove_const_t<std::remove_pointer_t<decltype(first)>> W;
-        bank(Experts<W>{first, second, scale1, scale2, long(D), long(S), activation}, mixes, out, E, n);
-    };
-    if (weights == 2) run(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
-    else if (weights == 1) run(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
-    else run(static_cast<const float*>(lin1), static_cast<const float*>(lin2));
+    with_experts(lin1, lin2, scale1, scale2, D, S, activation, weights,
+                 [&](const auto& experts) { bank(experts, mixes, out, E, n); });
 }
 
 void motserve_private_layer(const PrivateLayer* layer) {
@@ -766,6 +804,13 @@ void motserve_private_layer(const PrivateLayer* layer) {
     if (l.weights == 2) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
     else if (l.weights == 1) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
     else l.half ? private_layer<float, bf16>(l) : private_layer<float, float>(l);
+}
+
+void motserve_routed(const float* x, const float* gates, const void* lin1, const void* lin2, const float* scale1,
+                     const float* scale2, float* out, int64_t n, int64_t E, int64_t D, int64_t S, int32_t activation,
+                     int32_t weights) {
+    with_experts(lin1, lin2, scale1, scale2, D, S, activation, weights,
+                 [&](const auto& experts) { routed(experts, x, gates, out, n, E); });
 }
 
 void motserve_activate(float* x, int64_t count, int32_t kind) { activate(x, count, kind); }

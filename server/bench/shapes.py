@@ -44,7 +44,7 @@ def random_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.devic
     model = Transformer(config)
     model.initialize(0)
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    if not config.is_mot:
+    if not config.is_grouped:
         return model, Fill("none", None)
     shape = (config.n_layer, config.n_positions, config.group_size, config.n_embd)
     crowd = ReferenceCrowd(torch.randn(shape, device=device).to(dtype), model.banks, fingerprint="random")

@@ -120,7 +120,7 @@ def kernel(
         if unknown:
             raise ValueError(f"mode: {unknown[0]!r} is not one of {', '.join(MODES)}")
         config, on = config_of(shape), resolve_device(device)
-        if not config.is_mot:
+        if not config.is_grouped:
             raise ValueError(f"shape: {shape!r} has no experts")
         counts = _list_of("groups", groups, int, 1, 4096)
         chosen = resolve_dtype("auto" if dtype == "int8" else dtype, on)

@@ -21,11 +21,24 @@ def train(
     preset: Annotated[
         str, typer.Option(help="demo: the bundled checkpoint's recipe; tiny: seconds, for a try.")
     ] = "demo",
+    feed_forward: Annotated[
+        str | None,
+        typer.Option(
+            help="dense, mot, switch, top-k or expert-choice: the preset's model with such layers at equal FLOPs a "
+            "token. [mot]"
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows a step; a multiple of the group size.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
-    final_temperature: Annotated[float | None, typer.Option(help="Annealed to in the last part.")] = None,
+    final_temperature: Annotated[float | None, typer.Option(help="mot: annealed to in the last part.")] = None,
+    balance_weight: Annotated[
+        float | None, typer.Option(help="switch, top-k: of the loss that balances experts. [0.01]")
+    ] = None,
+    capacity_factor: Annotated[
+        float | None, typer.Option(help="switch: tokens an expert takes over an even share, in training. [1.25]")
+    ] = None,
     joint_copies: Annotated[
         int | None, typer.Option(help="Sequences of a step that are also trained to decode unmixed (T = 0).")
     ] = None,
@@ -45,12 +58,15 @@ def train(
     changes = {
         name: value
         for name, value in locals().items()
-        if name not in ("out", "data", "preset", "start_from", "as_json") and value is not None
+        if name not in ("out", "data", "preset", "feed_forward", "start_from", "as_json") and value is not None
     }
-    from model.train import Trainer, preset_named
+    from model.recipe import preset_named
+    from model.train import Trainer
 
     with told(), progress("training") as (bar, task):
-        config, settings = preset_named(preset, changes)
+        if feed_forward is not None and start_from is not None:
+            raise ValueError("feed_forward: start_from's checkpoint has its own")
+        config, settings = preset_named(preset, changes, feed_forward=feed_forward or "mot")
         out.mkdir(parents=True, exist_ok=True)
         trainer = Trainer.prepare(config, settings, data, out, start=start_from)
         if trainer.resume():
@@ -107,7 +123,11 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Text file, plain or .xz.")],
     model: ModelOption = None,
     mode: Annotated[
-        list[str] | None, typer.Option(help="mixed, private, private_unmixed, zeros or alone; all.")
+        list[str] | None,
+        typer.Option(
+            help="mixed, private, private_unmixed, zeros or alone; all. Kinds whose tokens do not meet (dense, switch, "
+            "top-k) have mixed only: their plain forward pass."
+        ),
     ] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="At most so many windows; default: all of the text.")
@@ -120,7 +140,7 @@ def evaluate(
 ) -> None:
     """Perplexity and bits per byte of a checkpoint in each way that the server can run it."""
     from model import reference
-    from model.evaluate import MODES, open_for_scoring
+    from model.evaluate import MODES, modes_of, open_for_scoring
     from server.loading import DEMO, load_privacy, quantize_experts, resolve_kernels
 
     with told(), progress("evaluating") as (bar, task):
@@ -138,11 +158,9 @@ def evaluate(
         skip_below = default.skip_below if private_skip_below is None else private_skip_below
         if not 0 <= temperature <= opened.model.config.temperature:
             raise ValueError(f"private_temperature must lie between 0 and {opened.model.config.temperature}")
-        crowd = reference.load(folder, opened.model) if opened.model.config.is_mot else None
+        crowd = reference.load(folder, opened.model) if opened.model.config.is_grouped else None
         evaluator = opened.evaluator(crowd, resolve_kernels(kernels, opened.model.device))
-        for name in MODES:
-            if mode and name not in mode:
-                continue
+        for name in [name for name in MODES if name in mode] if mode else modes_of(opened.model.config):
             bar.update(task, description=name, completed=0)
             found = evaluator.run(
                 name, temperature=temperature, skip_below=skip_below,

@@ -43,7 +43,7 @@ class Engine:
             self.sampler,
             tokenizer,
             temperature=self.config.temperature,
-            group_fill=runner.fill.kind if self.config.is_mot else "none",
+            group_fill=runner.fill.kind if self.config.is_grouped else "none",
         )
         self._sequences: dict[str, list[Sequence]] = {}
         self.last_step = StepStats()
@@ -102,7 +102,7 @@ class Engine:
         times = [time.perf_counter()]
         plan = self.scheduler.schedule()
         times.append(time.perf_counter())
-        groups = self.grouping.plan(plan) if self.config.is_mot else ()
+        groups = self.grouping.plan(plan) if self.config.is_grouped else ()
         times.append(time.perf_counter())
         logits = self.runner.forward(plan, groups)
         times.append(time.perf_counter())

@@ -25,10 +25,11 @@ from model.kv_cache import (
     decode_segment,
     prefill_segment,
 )
-from model.layers import TILE
+from model.layers import TILE, TiledArithmetic
 from model.mixing import ExpertBank
 from model.native import Kernels, NativeArithmetic, measurable_part
-from model.transformer import Transformer
+from model.token_choice import TokenChoice
+from model.transformer import Mix, Transformer
 from server.engine.batch import Batch, wanted_of
 from server.engine.plan import Chunk, Group, Plan
 
@@ -94,7 +95,9 @@ class ModelRunner:
         public = sum(chunk.length for chunk in plan.public)
         shared = self._shared_groups(batch, groups)
         private = self._private_rows(plan.private, padding=0)
-        mix = _Both(public, shared, private, kernels)
+        mix: Mix = TokenChoice(kernels)
+        if self.config.is_grouped:
+            mix = _Both(public, shared, private, kernels)
         arithmetic = NativeArithmetic(kernels, shared=public)
         hidden = self.model(batch.ids(), batch.positions(), attention, mix, arithmetic)
         self._tally_shared(plan.public, groups, shared)
@@ -124,7 +127,7 @@ class ModelRunner:
         batch = self._batch(chunks)
         shared = self._shared_groups(batch, groups)
         attention = PagedAttention(self.cache, self.config, batch.slots(), self._segments(batch))
-        hidden = self.model(batch.ids(), batch.positions(), attention, shared or _no_mixing)
+        hidden = self.model(batch.ids(), batch.positions(), attention, shared or TokenChoice())
         self._tally_shared(chunks, groups, shared)
         wanted, rows = batch.wanted_rows()
         if not wanted:
@@ -176,7 +179,9 @@ class ModelRunner:
         batch = self._batch([chunk])
         attention = PagedAttention(self.cache, self.config, batch.slots(), batch.prompt_segments([chunk]))
         mix = self._private_rows([chunk], padding=0)
-        hidden = self.model(batch.ids(), batch.positions(), attention, mix or _no_mixing)
+        hidden = self.model(
+            batch.ids(), batch.positions(), attention, mix or TokenChoice(tiled=True), TiledArithmetic()
+        )
         self._tally_private([chunk], mix)
         count = wanted_of(chunk)
         return {chunk: self._tiled_logits(hidden[chunk.length - count :])} if count else {}
@@ -194,13 +199,13 @@ class ModelRunner:
         mix = self._private_rows(chunks, padding=len(zeros))
         ids = torch.cat((batch.ids(), zeros))
         positions = torch.cat((batch.positions(), zeros))
-        hidden = self.model(ids, positions, attention, mix or _no_mixing)
+        hidden = self.model(ids, positions, attention, mix or TokenChoice(tiled=True), TiledArithmetic())
         self._tally_private(chunks, mix)
         logits = self.model.logits(hidden).float()
         return {chunk: logits[row : row + 1] for row, chunk in enumerate(chunks)}
 
     def _private_rows(self, chunks: Many[Chunk], *, padding: int) -> PrivateRows | None:
-        if not self.config.is_mot or not chunks:
+        if not self.config.is_grouped or not chunks:
             return None
         temperatures, skip_below, live = [], [], []
         for chunk in chunks:
@@ -265,10 +270,6 @@ class _Both:
         if not together:
             outputs = bank.experts(mixes.to(bank.controller.dtype))
         return torch.cat((self.shared.redistribute(outputs, emit, public), own))
-
-
-def _no_mixing(layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
-    raise AssertionError("a dense model has no expert banks")
 
 
 def measure_balance(bank: ExpertBank, *, many: int = 32, repeats: int = 3, kernels: Kernels | None = None) -> int:

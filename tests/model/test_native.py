@@ -18,6 +18,8 @@ from model.layers import Projection
 from model.mixing import ExpertBank, _gelu_tanh
 from model.native import Kernels, NativeArithmetic, NativeUnavailable, activation_kind, build, open_kernels
 from model.reference import ReferenceCrowd
+from model.token_choice import TokenChoice
+from tests.model.kinds import KINDS, make
 
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
@@ -338,3 +340,18 @@ def test_a_failing_compiler_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(NativeUnavailable, match="no such flag"):
         build()
     assert not list((tmp_path / "motserve").iterdir())
+
+
+@pytest.mark.parametrize("name", ["switch", "top-k"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_token_choice_three_ways(kernels: Kernels, name: str, quantized: bool) -> None:
+    """Compiled, tiled and expert by expert; a row's bits are its own in the first two."""
+    bank = make(KINDS[name]).banks[0]
+    if quantized:
+        bank.quantize()
+    x = _random(11, 24)
+    compiled, tiled, plain = (mix(0, bank, x) for mix in (TokenChoice(kernels), TokenChoice(tiled=True), TokenChoice()))
+    torch.testing.assert_close(compiled, plain, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(tiled, plain, atol=1e-3, rtol=1e-3)
+    for row in range(11):
+        assert torch.equal(TokenChoice(kernels)(0, bank, x[row : row + 1])[0], compiled[row])

@@ -26,7 +26,8 @@ from model.errors import TrainingError
 from model.joint import JointSequences, joint_loss
 from model.mixing import WholeSequences
 from model.optimizer import Muon
-from model.train import Trainer, TrainSettings, preset_named
+from model.recipe import TrainSettings, preset_named
+from model.train import Trainer
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(

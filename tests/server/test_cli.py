@@ -71,6 +71,25 @@ def test_training_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> No
     assert load_model(tmp_path / "more").config.temperature == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("kind", ["dense", "mot", "switch", "top-k", "expert-choice"])
+def test_every_kind_is_trained_evaluated_and_generates(kind: str, trained: Path, tmp_path: Path) -> None:
+    text, out = trained / "text.txt", tmp_path / "out"
+    found = invoke("train", out, "--data", text, "--preset", "tiny", "--steps", 2, "--feed-forward", kind, "--json")
+    assert found.exit_code == 0, found.output
+    found = invoke("eval", "--model", out, "--data", text, "--windows", 8, "--json")
+    assert found.exit_code == 0, found.output
+    modes = [json.loads(line)["mode"] for line in found.stdout.splitlines()]
+    mixes = kind in ("mot", "expert-choice")
+    assert modes == (["mixed", "private", "private_unmixed", "zeros", "alone"] if mixes else ["mixed"])
+    found = invoke("calibrate", out, "--data", text, "--validation", text, "--windows", 4, "--json")
+    assert found.exit_code == (0 if mixes else 2)
+    assert mixes or "crowd" in found.stderr
+    found = invoke("generate", "The boats", "--model", out, "--max-tokens", 4, "--seed", 3, "--private")
+    assert found.exit_code == 0 and found.stdout.startswith("The boats")
+    found = invoke("eval", "--model", out, "--data", text, "--windows", 4, "--mode", "alone")
+    assert found.exit_code == (0 if mixes else 2)
+
+
 def test_key(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     found = invoke("key", file, "alice", "--tenant", "acme", "--private", "force", "--max-concurrent", 4)
@@ -96,6 +115,10 @@ def test_key(tmp_path: Path) -> None:
         (("generate", "x", "--private", "--private-temperature", 2), "private_temperature"),
         (("train", "/dev/null/run", "--data", "/nowhere.txt"), "/dev/null/run"),
         (("train", "/dev/null/run", "--data", "/nowhere.txt", "--preset", "huge"), "preset"),
+        (("train", "/dev/null/run", "--data", "/nowhere.txt", "--feed-forward", "sparse"), "feed_forward"),
+        (("train", "/dev/null/run", "--data", "a", "--feed-forward", "mot", "--start-from", "b"), "feed_forward"),
+        (("train", "/dev/null/run", "--data", "a", "--feed-forward", "top-k", "--final-temperature", 0.5),
+         "final_temperature"),
         (("eval", "--data", "/nowhere.txt"), "nowhere"),
         (("eval", "--data", "/nowhere.txt", "--mode", "sideways"), "sideways"),
         (("calibrate", "/nowhere", "--data", "a", "--validation", "b"), "nowhere"),

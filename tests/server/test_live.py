@@ -13,7 +13,9 @@ import torch
 from openai import AsyncOpenAI
 from safetensors.torch import load_file
 
+from model.checkpoint import save_model
 from server.config import Settings
+from tests.model.kinds import KINDS, make, trainers_logits
 from tests.server.conftest import served
 
 GOLDEN = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir() if path.is_dir())
@@ -42,6 +44,26 @@ def test_golden_logits_through_http(folder: Path) -> None:
                     for name, value in tops.items():
                         token = int(name.removeprefix("token_id:"))
                         assert abs(value - wanted[row, position, token].item()) < 1e-4
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_through_http(name: str, tmp_path: Path) -> None:
+    """A saved checkpoint of each kind, served, gives the trainer's log probabilities of a full group of prompts."""
+    model = make(KINDS[name])
+    save_model(model, tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, 61, (4, 13), generator=torch.Generator().manual_seed(2))
+    wanted = trainers_logits(model, ids)
+    with served(Settings(model=tmp_path, group_fill="zeros", dtype="float32", log_level="error")) as url:
+        body = {"prompt": ids.tolist(), "max_tokens": 0, "echo": True, "logprobs": 20}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status().json()
+        (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert KINDS[name].model_type in str(listed)
+    assert len(answer["choices"]) == 4
+    for choice in answer["choices"]:
+        for position, tops in enumerate(choice["logprobs"]["top_logprobs"][1:]):
+            for token, value in tops.items():
+                expected = wanted[choice["index"], position, int(token.removeprefix("token_id:"))].item()
+                assert abs(value - expected) < 1e-4
 
 
 async def _streams(url: str, count: int) -> list[tuple[str, str | None]]:
