@@ -6,8 +6,10 @@ Block 0 belongs to nobody: it pads block tables and takes the writes of padding 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,8 +31,11 @@ class PagedKVCache:
         self, config: ModelConfig, *, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size = block_size
-        self._data = torch.zeros(
-            config.n_layer, 2, blocks, block_size, config.n_head, config.head_size, dtype=dtype, device=device
+        shape = (config.n_layer, 2, blocks, block_size, config.n_head, config.head_size)
+        self._data = (
+            _zeros_when_touched(shape, dtype)
+            if device.type == "cpu"
+            else torch.zeros(shape, dtype=dtype, device=device)
         )
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -145,3 +150,9 @@ class PagedAttention:
             seen = single.kernels.attend(queries[single.rows], k, v, single.tables, single.lengths)
             out.index_copy_(0, single.rows, seen.to(out.dtype))
         return out.view(rows, -1)
+
+
+def _zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory that is taken page by page as it is used: a large cache costs an idle server nothing, and
+    its start no time. (torch writes its zeros.)"""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

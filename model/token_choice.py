@@ -81,7 +81,6 @@ class TrainedTokenChoice:
         self._capacity_factor = capacity_factor
         self.balance: list[Tensor] = []
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many rows an expert has is data
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         scores = (x @ bank.controller).float()
         probabilities = torch.softmax(scores, 1)

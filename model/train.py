@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from model.config import ModelConfig
 from model.data import WindowSampler, documents, encode_corpus, read_text
 from model.errors import TrainingError
 from model.joint import JointSequences, joint_loss
-from model.mixing import WholeSequences
+from model.mixing import ExpertBank, WholeSequences
 from model.optimizer import Muon
 from model.recipe import TrainSettings
 from model.token_choice import TrainedTokenChoice
@@ -67,6 +68,10 @@ def prepare_corpus(folder: Path, files: list[Path], *, vocab_size: int) -> tuple
     return tokenizer, encode_corpus(tokenizer, text)
 
 
+def _apply(choice: TrainedTokenChoice, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+    return choice(layer, bank, x)
+
+
 class Trainer:
     """Owns model, optimizer and step counter of one run."""
 
@@ -82,6 +87,10 @@ class Trainer:
         self._loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
             torch.compile(self._plain_loss) if settings.compile else self._plain_loss
         )
+        # How many rows an expert has is data, which no compiled graph may depend on.
+        self._choose: Callable[..., Tensor] = _apply
+        if settings.compile:
+            self._choose = torch.compiler.disable(_apply)  # type: ignore[no-untyped-call]
 
     @classmethod
     def prepare(
@@ -134,7 +143,7 @@ class Trainer:
         inputs, targets = ids[:, :-1], ids[:, 1:]
         weight, capacity_factor = self.settings.token_choice(self.config)
         choice = TrainedTokenChoice(capacity_factor)
-        mix: Mix = choice
+        mix: Mix = functools.partial(self._choose, choice)
         if self.config.is_grouped:
             mix = WholeSequences(self.config, batch, temperature=temperature)
         if copies:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -46,3 +49,12 @@ def test_a_dense_model_has_nothing_to_quantize() -> None:
     config = ModelConfig(model_type="gpt2", vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)
     with pytest.raises(ValueError, match=r"^quantize: "):
         quantize_experts(Transformer(config))
+
+
+def test_what_starting_imports() -> None:
+    """torch's compiler takes seconds to import, and serving needs none of it."""
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys, server.app, server.loading; print('torch._dynamo' in sys.modules)"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == "False"
