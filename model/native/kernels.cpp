@@ -293,10 +293,10 @@ void row_products(const float* const* a, long rows, const W* b, long K, long N, 
     }
 }
 
-// Products with weights [N, K]: eight accumulators an output, over k in ascending order.
+// Products with weights [N, K], their rows a stride apart: LANES accumulators an output, over k in ascending order.
 
 template <int R, int C, class W>
-inline void dot_block(const float* const* a, const W* b, long K, float* const* c) {
+inline void dot_block(const float* const* a, const W* b, long K, long stride, float* const* c) {
     vec total[R][C] = {};
     long k = 0;
     for (; k + LANES <= K; k += LANES) {
@@ -305,14 +305,14 @@ inline void dot_block(const float* const* a, const W* b, long K, float* const* c
         if constexpr (R * C + R < 16)
             for (int r = 0; r < R; ++r) keep(x[r]);
         for (int j = 0; j < C; ++j) {
-            const vec w = load(b + j * K + k);
+            const vec w = load(b + j * stride + k);
             for (int r = 0; r < R; ++r) total[r][j] = fused(x[r], w, total[r][j]);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < C; ++j) {
             float rest = 0;
-            for (long i = k; i < K; ++i) rest = fused(a[r][i], value(b + j * K + i), rest);
+            for (long i = k; i < K; ++i) rest = fused(a[r][i], value(b + j * stride + i), rest);
             c[r][j] = sum(total[r][j]) + rest;
         }
 }
@@ -323,11 +323,11 @@ void dot_range(const float* const* a, const W* b, long K, long begin, long end, 
     float* at[R];
     for (; j + C <= end; j += C) {
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
-        dot_block<R, C>(a, b + j * K, K, at);
+        dot_block<R, C>(a, b + j * K, K, K, at);
     }
     for (; j < end; ++j) {
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
-        dot_block<R, 1>(a, b + j * K, K, at);
+        dot_block<R, 1>(a, b + j * K, K, K, at);
     }
 }
 
@@ -643,36 +643,79 @@ void routed(const Experts<W>& experts, const float* x, const float* gates, float
 }
 
 // Attention of single queries over their own paged keys and values.
+
+// Scores of count consecutive places whose keys lie a stride apart.
+template <class W>
+void key_scores(const float* query, const W* keys, long count, long size, long stride, float scale, float* scores) {
+    long t = 0;
+    for (; t + 4 <= count; t += 4) {
+        float* to = scores + t;
+        dot_block<1, 4>(&query, keys + t * stride, size, stride, &to);
+    }
+    for (; t < count; ++t) {
+        float* to = scores + t;
+        dot_block<1, 1>(&query, keys + t * stride, size, stride, &to);
+    }
+    for (t = 0; t < count; ++t) scores[t] *= scale;
+}
+
+// The values' sum by their weights: V vectors of columns from begin on.
+template <int V, class W>
+void value_sums(const float* weights, const W* values, const int64_t* table, long length, long block_size, long stride,
+                float* out) {
+    vec total[V] = {};
+    for (long begin = 0; begin < length; begin += block_size) {
+        const W* block = values + table[begin / block_size] * block_size * stride;
+        const long count = std::min(block_size, length - begin);
+        for (long t = 0; t < count; ++t) {
+            const vec w = broadcast(weights[begin + t]);
+            for (int v = 0; v < V; ++v) total[v] = fused(w, load(block + t * stride + v * LANES), total[v]);
+        }
+    }
+    for (int v = 0; v < V; ++v) store(out + v * LANES, total[v]);
+}
+
+template <class W>
+void attend_head(const float* query, const W* keys, const W* values, const int64_t* table, long length, long size,
+                 long stride, long block_size, float* weights, float* out) {
+    const float scale = 1.0f / std::sqrt(float(size));
+    for (long begin = 0; begin < length; begin += block_size)
+        key_scores(query, keys + table[begin / block_size] * block_size * stride, std::min(block_size, length - begin),
+                   size, stride, scale, weights + begin);
+    const float top = *std::max_element(weights, weights + length);
+    apply(weights, length, [top](vec v) { return exponential(v - top); });
+    float total = 0;
+    for (long t = 0; t < length; ++t) total += weights[t];
+    for (long t = 0; t < length; ++t) weights[t] /= total;
+    long i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES)
+        value_sums<4>(weights, values + i, table, length, block_size, stride, out + i);
+    for (; i + LANES <= size; i += LANES)
+        value_sums<1>(weights, values + i, table, length, block_size, stride, out + i);
+    for (; i < size; ++i) {
+        out[i] = 0;
+        for (long t = 0; t < length; ++t) {
+            const long place = table[t / block_size] * block_size + t % block_size;
+            out[i] = fused(weights[t], value(values + place * stride + i), out[i]);
+        }
+    }
+}
+
 template <class W>
 void attend(const float* queries, const W* keys, const W* values, const int64_t* tables, const int64_t* lengths,
             float* out, long rows, long heads, long size, long table_width, long block_size) {
-    const float scale = 1.0f / std::sqrt(float(size));
-#pragma omp parallel for collapse(2) schedule(dynamic, 4)
-    for (long row = 0; row < rows; ++row)
-        for (long head = 0; head < heads; ++head) {
-            const long length = lengths[row], width = heads * size;
-            const float* query = queries + row * width + head * size;
-            const int64_t* table = tables + row * table_width;
-            std::vector<float> weights(length);
-            float top = -std::numeric_limits<float>::infinity();
-            for (long t = 0; t < length; ++t) {
-                const W* key = keys + (table[t / block_size] * block_size + t % block_size) * width + head * size;
-                float* to = &weights[t];
-                dot_block<1, 1>(&query, key, size, &to);
-                *to *= scale;
-                top = std::max(top, *to);
+    const long stride = heads * size;
+#pragma omp parallel
+    {
+        std::vector<float> weights(table_width * block_size);
+#pragma omp for collapse(2) schedule(dynamic, 4)
+        for (long row = 0; row < rows; ++row)
+            for (long head = 0; head < heads; ++head) {
+                const long at = row * stride + head * size;
+                attend_head(queries + at, keys + head * size, values + head * size, tables + row * table_width,
+                            lengths[row], size, stride, block_size, weights.data(), out + at);
             }
-            apply(weights.data(), length, [top](vec v) { return exponential(v - top); });
-            float total = 0;
-            for (long t = 0; t < length; ++t) total += weights[t];
-            float* result = out + row * width + head * size;
-            std::fill(result, result + size, 0.0f);
-            for (long t = 0; t < length; ++t) {
-                const W* v = values + (table[t / block_size] * block_size + t % block_size) * width + head * size;
-                const float w = weights[t] / total;
-                for (long i = 0; i < size; ++i) result[i] = fused(w, value(v + i), result[i]);
-            }
-        }
+    }
 }
 
 // Sampling. A row's token depends on its logits, its parameters and its random number alone.
