@@ -155,7 +155,7 @@ def mix_groups(bank: ExpertBank, members: Tensor, temperature: float | Tensor) -
         over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated,
     )  # fmt: skip
     mixes = torch.bmm(merge.transpose(1, 2).to(members.dtype), members)  # [n, E, D]
-    outputs = bank.experts(mixes.transpose(0, 1))  # [E, n, D]
+    outputs = bank.experts(mixes.transpose(0, 1).to(bank.controller.dtype))  # [E, n, D]
     return torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
 
 
