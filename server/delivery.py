@@ -21,7 +21,7 @@ from server.errors import error_body, internal_error, log_failure, stopped_error
 from server.logprobs import Json
 from server.metrics import Metrics, RequestTimer
 from server.responses import Answer
-from server.sse import DONE, EventEncoder, event
+from server.sse import DONE, EventEncoder, EventTemplate, event
 
 _STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 # A client whose socket is full when its time is up may not read the news either.
@@ -35,19 +35,19 @@ class Delivery:
     engine: AsyncEngine
     metrics: Metrics
     request_id: str
-    deltas: AsyncIterator[Delta]
+    deltas: AsyncIterator[list[Delta]]
     answer: Answer
     timer: RequestTimer
     place: Place
     timeout: float
 
-    async def choices(self) -> AsyncIterator[list[Json]]:
-        """What each delta has to show."""
-        async for delta in self.deltas:
-            if delta.finish_reason == "abort":
+    async def news(self) -> AsyncIterator[list[Delta]]:
+        """The deltas, all that have come at once, to the last one."""
+        async for deltas in self.deltas:
+            if any(delta.finish_reason == "abort" for delta in deltas):
                 raise EngineStopped
-            self.timer.on_delta(delta)
-            yield self.answer.add(delta)
+            self.timer.on_deltas(deltas)
+            yield deltas
             if self.answer.finished:
                 return
         raise EngineStopped  # the engine owes every sequence a finish reason
@@ -79,7 +79,7 @@ async def plain_response(delivery: Delivery, receive: Receive) -> Response:
 
 
 async def _collect(delivery: Delivery) -> Json:
-    choices = [choice async for shown in delivery.choices() for choice in shown]
+    choices = [choice async for deltas in delivery.news() for d in deltas for choice in delivery.answer.add(d)]
     return delivery.answer.whole(choices)
 
 
@@ -93,6 +93,7 @@ class EventStream(Response):
         self._delivery = delivery
         self._encoder = EventEncoder(delivery.answer.head(stream=True))
         self._include_usage = include_usage
+        self._templates: dict[int, EventTemplate] = {}  # of each choice's middle: what most tokens need
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         delivery = self._delivery
@@ -118,9 +119,9 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         answer = self._delivery.answer
         try:
-            async for choices in self._delivery.choices():
+            async for deltas in self._delivery.news():  # several at once when the socket was full
+                body = b"".join(map(self._events, deltas))
                 finished = answer.finished
-                body = b"".join(self._event(choice, last=finished and choice is choices[-1]) for choice in choices)
                 if finished:
                     body += self._ending()
                 if body:
@@ -135,6 +136,22 @@ class EventStream(Response):
             self._delivery.metrics.cut_off("error")
             return internal_error()
         return None
+
+    def _events(self, delta: Delta) -> bytes:
+        """What one delta has to show."""
+        answer = self._delivery.answer
+        if not answer.continues(delta):
+            choices = answer.add(delta)
+            return b"".join(self._event(c, last=answer.finished and c is choices[-1]) for c in choices)
+        answer.count(delta)
+        template = self._templates.get(delta.index)
+        if template is None:
+            template = self._templates[delta.index] = self._template(delta.index)
+        return template.event(delta.text, delta.token_ids)
+
+    def _template(self, index: int) -> EventTemplate:
+        choice = self._delivery.answer.continuation(index, EventTemplate.TEXT, EventTemplate.NUMBERS)
+        return EventTemplate(self._event(choice, last=False))
 
     def _event(self, choice: Json, *, last: bool) -> bytes:
         rest: dict[str, Any] = {"choices": [choice]}

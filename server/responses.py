@@ -41,7 +41,7 @@ class Answer:
 
     def add(self, delta: Delta) -> list[Json]:
         """The choices that ``delta`` has to show: none while text is held back, two where a role comes first."""
-        self._completion_tokens += len(delta.token_ids)
+        self.count(delta)
         if delta.finish_reason is not None:
             self._open.discard(delta.index)
         if delta.receipt is not None:
@@ -50,6 +50,27 @@ class Answer:
         if choices:
             self._begun.add(delta.index)
         return choices
+
+    def continues(self, delta: Delta) -> bool:
+        """Whether ``delta`` shows as ``continuation`` and changes nothing but the count of tokens: most do."""
+        return (
+            delta.finish_reason is None
+            and delta.index in self._begun
+            and self._job.logprobs is None
+            and (bool(delta.text) or (self._job.token_ids and not self._job.chat and bool(delta.token_ids)))
+        )
+
+    def continuation(self, index: int, text: str, token_ids: object) -> Json:
+        """A choice that has begun, with more ``text`` and, where they are shown, ``token_ids``."""
+        shown: Json = {"delta": {"content": text}} if self._job.chat else {"text": text}
+        choice: Json = {"index": index, **shown, "logprobs": None, "finish_reason": None}
+        if self._job.token_ids:
+            choice["token_ids"] = token_ids
+        return choice
+
+    def count(self, delta: Delta) -> None:
+        """Its tokens, for the usage."""
+        self._completion_tokens += len(delta.token_ids)
 
     def usage(self) -> Json:
         """Tokens in and out; a prompt counts once however often it is completed."""

@@ -55,43 +55,64 @@ class EngineStopped(Exception):
     """The engine is stopping or has failed; the request was not finished."""
 
 
-class RequestStream(AsyncIterator[Delta]):
-    """The deltas of one request, until each of its sequences has its finish reason. Leaving early aborts it."""
+class RequestStream(AsyncIterator[list[Delta]]):
+    """The deltas of one request, each time all that have come since, until each of its sequences has its finish reason.
+    Leaving early aborts it. However slowly it is read, it holds no more than the request may generate."""
 
     def __init__(self, request: EngineRequest, close: Callable[[str], None]) -> None:
         self._request_id = request.request_id
         self._close = close
-        self._left = len(request.prompts) * request.n
-        self._queue: asyncio.Queue[Delta | EngineStopped] = asyncio.Queue()
+        self._to_come = self._unread = len(request.prompts) * request.n  # sequences without a finish reason
+        self._news: list[Delta] = []
+        self._failure: EngineStopped | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
-    def deliver(self, news: Delta | EngineStopped) -> None:
-        self._queue.put_nowait(news)
+    @property
+    def complete(self) -> bool:
+        """The engine owes nothing more, whether or not it has been read."""
+        return self._to_come == 0
+
+    def deliver(self, delta: Delta) -> None:
+        self._news.append(delta)
+        if delta.finish_reason is not None:
+            self._to_come -= 1
+        self._wake()
+
+    def fail(self, failure: EngineStopped) -> None:
+        """Nothing more will come."""
+        self._failure = failure
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def __aiter__(self) -> RequestStream:
         return self
 
-    async def __anext__(self) -> Delta:
-        if self._left == 0:
+    async def __anext__(self) -> list[Delta]:
+        if self._unread == 0:
             raise StopAsyncIteration
-        try:
-            news = await self._queue.get()
-        except asyncio.CancelledError:
+        if not self._news and self._failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                await self.aclose()
+                raise
+        if not self._news:
+            assert self._failure is not None, "woken for nothing"
             await self.aclose()
-            raise
-        if isinstance(news, EngineStopped):
-            await self.aclose()
-            raise news
-        if news.finish_reason is not None:
-            self._left -= 1
-            if self._left == 0:
-                self._close(self._request_id)
+            raise self._failure
+        news, self._news = self._news, []
+        self._unread -= sum(delta.finish_reason is not None for delta in news)
         return news
 
     async def aclose(self) -> None:
         """Idempotent."""
-        if self._left:
-            self._left = 0
-            self._close(self._request_id)
+        self._unread = 0
+        self._news = []
+        self._close(self._request_id)
 
 
 class AsyncEngine:
@@ -210,10 +231,14 @@ class AsyncEngine:
     def _deliver(self, news: list[tuple[str, Delta]]) -> None:
         for request_id, delta in news:
             entry = self._streams.get(request_id)
-            if entry is not None:
-                entry[0].deliver(delta)
+            if entry is None:
+                continue
+            stream, _ = entry
+            stream.deliver(delta)
+            if stream.complete:
+                del self._streams[request_id]
 
     def _end_streams(self) -> None:
         streams, self._streams = self._streams, {}
         for stream, _ in streams.values():
-            stream.deliver(EngineStopped("the engine could not finish the request"))
+            stream.fail(EngineStopped("the engine could not finish the request"))

@@ -69,7 +69,7 @@ class FakeEngine(AsyncEngine):
     def observe(self, listener: Callable[[StepStats], None]) -> None:
         self._listeners.append(listener)
 
-    def submit(self, request: EngineRequest) -> AsyncIterator[Delta]:  # type: ignore[override]  # no inbox here
+    def submit(self, request: EngineRequest) -> AsyncIterator[list[Delta]]:  # type: ignore[override]  # no inbox here
         if self.refuse is not None:
             raise self.refuse
         longest = max(map(len, request.prompts))
@@ -83,7 +83,7 @@ class FakeEngine(AsyncEngine):
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
-    async def _play(self, request: EngineRequest) -> AsyncIterator[Delta]:
+    async def _play(self, request: EngineRequest) -> AsyncIterator[list[Delta]]:
         count = len(request.prompts) * request.n
         decoders = [IncrementalDecoder(self.tokenizer) if self.tokenizer else None for _ in range(count)]
         for place in range(max(1, request.sampling.max_tokens)):
@@ -93,7 +93,7 @@ class FakeEngine(AsyncEngine):
             for listener in self._listeners:
                 listener(StepStats(0.01, (), 0, count, 1, count, 0))
             for index, decoder in enumerate(decoders):
-                yield self._delta(request, index, place, decoder)
+                yield [self._delta(request, index, place, decoder)]
 
     def _delta(self, request: EngineRequest, index: int, place: int, decoder: IncrementalDecoder | None) -> Delta:
         sampling = request.sampling

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.sse import EventEncoder, event
+from server.sse import EventEncoder, EventTemplate, event
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
@@ -32,3 +32,15 @@ def test_a_shared_head_changes_nothing(head: dict[str, str], rest: dict[str, str
 def test_not_a_number_is_our_fault_and_never_sent() -> None:
     with pytest.raises(ValueError):
         event({"logprob": math.nan})
+
+
+@given(TEXT, TEXT, st.lists(st.integers(0, 2**31)), st.booleans())
+def test_a_template_is_the_event_with_other_contents(name: str, text: str, numbers: list[int], listed: bool) -> None:
+    encoder = EventEncoder({"model": name})
+
+    def encoded(text: str, numbers: object) -> bytes:
+        choice = {"text": text, "logprobs": None} | ({"ids": numbers} if listed else {})
+        return encoder.event({"choices": [choice], "usage": None})
+
+    template = EventTemplate(encoded(EventTemplate.TEXT, EventTemplate.NUMBERS))
+    assert template.event(text, numbers) == encoded(text, numbers)
