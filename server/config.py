@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantize: Literal["none", "int8"] = Field("none", description="int8: expert weights with a scale a channel")
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: torch's choice")
+    engine: Literal["process", "thread"] = Field(
+        "process", description="where the model runs: in a process of its own, or in a thread of the server's"
+    )
     kernels: Literal["auto", "native", "plain"] = Field(
         "auto", description="native: compiled row-wise kernels (CPU, needs a C++ compiler); auto: where they are there"
     )

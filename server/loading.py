@@ -23,9 +23,11 @@ from model.native import Kernels, NativeUnavailable, computes_in_bfloat16, open_
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from server.config import Settings
+from server.engine.admission import Admission
 from server.engine.async_engine import AsyncEngine, EngineInfo
 from server.engine.engine import Engine
 from server.engine.grouping import GroupingPolicy
+from server.engine.loop import EngineThread
 from server.engine.model_runner import ModelRunner, measure_balance
 from server.engine.request import Privacy
 from server.engine.scheduler import SchedulerLimits
@@ -43,6 +45,7 @@ class Loaded:
     """An engine and what the server must know to talk about it."""
 
     engine: AsyncEngine
+    admission: Admission
     name: str
     folder: Path
 
@@ -171,7 +174,10 @@ def load(settings: Settings) -> Loaded:
     experts = "" if settings.quantize == "none" else f", experts in {settings.quantize}"
     _log.info("%s: %s%s, %s, %d decode groups before merging", folder.name, info.dtype, experts, info.device, groups)
     name = settings.served_model_name or (folder.resolve().name if settings.model else "motserve-demo")
-    return Loaded(AsyncEngine(engine, info, max_waiting=settings.max_waiting), name, folder)
+    served = AsyncEngine(
+        EngineThread(engine), info, engine.admission, engine.tokenizer, max_waiting=settings.max_waiting
+    )
+    return Loaded(served, engine.admission, name, folder)
 
 
 def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: Tokenizer | None) -> Engine:

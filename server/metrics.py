@@ -38,7 +38,7 @@ _MEMBERS = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
 
 class Metrics:
-    """What the server counts. The engine's thread and the event loop both write here; the client library locks."""
+    """What the server counts. Written on the event loop alone."""
 
     def __init__(self, engine: AsyncEngine, model_name: str) -> None:
         self._registry = registry = CollectorRegistry()
@@ -119,7 +119,6 @@ class Metrics:
         Gauge("motserve_model_info", "What is served", list(labels), registry=registry).labels(**labels).set(1)
 
     def _on_step(self, step: StepStats) -> None:
-        """Called from the engine's thread."""
         self._step_seconds.observe(step.seconds)
         self._prefill_tokens.inc(step.prefill_tokens)
         self._decode_tokens.inc(step.decode_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +23,7 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     quantize: Annotated[str | None, typer.Option(help="none, or int8 for the experts' weights.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of the model.")] = None,
+    engine: Annotated[str | None, typer.Option(help="process, or thread beside the event loop's. [process]")] = None,
     kernels: Annotated[str | None, typer.Option(help="auto, native (compiled) or plain.")] = None,
     group_fill: Annotated[str | None, typer.Option(help="reference, zeros or none.")] = None,
     position_window: Annotated[str | None, typer.Option(help="auto, or 1 for exact position, or more.")] = None,
@@ -52,16 +52,25 @@ def serve(
 
 
 def _serve(settings: Settings) -> None:
+    from server.engine_process import EngineProcess, configure_logging, freeze
+
+    configure_logging(settings)
+    process = EngineProcess(settings) if settings.engine == "process" else None  # loads while this one imports
     import uvicorn  # a second to import: not for `motserve --help`
 
     from server.app import create_app
     from server.chat import ChatTemplate
-    from server.loading import load
 
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    loaded = load(settings)
-    application = create_app(loaded.engine, settings, loaded.name, chat_template=ChatTemplate.load(loaded.folder))
+    if process is not None:
+        engine, ready = process.wait()
+        name, folder = ready.name, ready.folder
+    else:
+        from server.loading import load
+
+        loaded = load(settings)
+        engine, name, folder = loaded.engine, loaded.name, loaded.folder
+    application = create_app(engine, settings, name, chat_template=ChatTemplate.load(folder))
+    freeze()
     uvicorn.run(
         application, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False,
         timeout_graceful_shutdown=5,

@@ -1,4 +1,4 @@
-"""The engine behind the event loop: requests in from coroutines, deltas out to them, one thread stepping.
+"""The engine behind the event loop: requests in from coroutines, deltas out to them, wherever it runs.
 
 This is the engine's only face towards the server.
 """
@@ -6,20 +6,19 @@ This is the engine's only face towards the server.
 from __future__ import annotations
 
 import asyncio
-import logging
-import queue
-import threading
-import traceback
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from server.engine.engine import Engine
+from model.tokenizer import Tokenizer
+from server.engine.admission import Admission
+from server.engine.loop import EngineHost, EngineThread, Report
 from server.engine.request import Delta, EngineRequest, Privacy, RequestError, StepStats
 
-__all__ = ["AsyncEngine", "EngineInfo", "EngineStats", "EngineStopped", "RequestStream", "StepStats"]
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
 
-_log = logging.getLogger("motserve.engine")
-_FAILURES = 3  # steps that may fail in a row before the engine gives up
+__all__ = ["AsyncEngine", "EngineInfo", "EngineStats", "EngineStopped", "RequestStream", "StepStats"]
 
 
 @dataclass(frozen=True)
@@ -116,120 +115,76 @@ class RequestStream(AsyncIterator[list[Delta]]):
 
 
 class AsyncEngine:
-    """Runs ``engine`` in a thread of its own. All methods are for the event loop's thread."""
+    """Requests to the engine at ``host``, its deltas to their streams. All methods are for the event loop's thread."""
 
-    def __init__(self, engine: Engine, info: EngineInfo, *, max_waiting: int) -> None:
-        self.info, self.tokenizer = info, engine.tokenizer
-        self._engine = engine
-        self._most = engine.scheduler.limits.max_running + max_waiting
-        self._inbox: queue.SimpleQueue[EngineRequest | str | None] = queue.SimpleQueue()  # None: stop; str: abort
+    def __init__(
+        self, host: EngineHost, info: EngineInfo, admission: Admission, tokenizer: Tokenizer | None, *, max_waiting: int
+    ) -> None:
+        self.info, self.tokenizer = info, tokenizer
+        self._host, self._admission = host, admission
+        self._most = admission.capacity.max_running + max_waiting
         self._streams: dict[str, tuple[RequestStream, int]] = {}
         self._listeners: list[Callable[[StepStats], None]] = []
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running = self._blocks_used = 0
         self._failed = False
 
     @property
     def direct(self) -> Engine:
         """The engine itself, for a caller without an event loop; not beside ``start``."""
-        assert self._thread is None, "the engine's thread owns the engine"
-        return self._engine
+        assert isinstance(self._host, EngineThread), "the engine is in another process"
+        return self._host.engine
 
     def start(self) -> None:
-        """Start the engine thread; call inside the running event loop."""
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="motserve-engine", daemon=True)
-        self._thread.start()
+        """Let the engine run; call inside the running event loop."""
+        self._host.start(self._take)
 
     async def stop(self) -> None:
-        """Finish nothing more: end every stream, join the thread."""
-        thread, self._thread = self._thread, None
+        """Finish nothing more: end every stream, wait for the engine's end."""
         self._end_streams()
-        if thread is not None:
-            self._inbox.put(None)
-            await asyncio.to_thread(thread.join)
+        await asyncio.to_thread(self._host.stop)
 
     @property
     def ready(self) -> bool:
-        """The thread runs and has not given up."""
-        return self._thread is not None and self._thread.is_alive() and not self._failed
+        """The engine runs and has not given up."""
+        return self._host.alive and not self._failed
 
     @property
     def stats(self) -> EngineStats:
-        scheduler = self._engine.scheduler
         total = sum(count for _, count in self._streams.values())
-        running = min(scheduler.running, total)
-        return EngineStats(running, total - running, scheduler.blocks.total, scheduler.blocks_in_use)
+        running = min(self._running, total)
+        return EngineStats(running, total - running, self._admission.capacity.blocks, self._blocks_used)
 
     def observe(self, listener: Callable[[StepStats], None]) -> None:
-        """Call ``listener`` after every step, from the engine thread."""
+        """Call ``listener`` after every step."""
         self._listeners.append(listener)
 
     def submit(self, request: EngineRequest) -> RequestStream:
         """Check and enqueue. Raises RequestError (too long, out of vocabulary, queue full) or EngineStopped."""
         if not self.ready:
             raise EngineStopped("the engine is not running")
-        self._engine.check(request)
+        self._admission.check(request)
         count = len(request.prompts) * request.n
         if sum(waiting for _, waiting in self._streams.values()) + count > self._most:
             raise RequestError("the server's queue is full; try again later", param=None, code="queue_full", status=429)
         stream = RequestStream(request, self.abort)
         self._streams[request.request_id] = (stream, count)
-        self._inbox.put(request)
+        self._host.put(request)
         return stream
 
     def abort(self, request_id: str) -> None:
         """Idempotent; before the next step begins nothing of the request is left in the engine."""
         if self._streams.pop(request_id, None) is not None:
-            self._inbox.put(request_id)
+            self._host.put(request_id)
 
-    # The engine's thread
-
-    def _run(self) -> None:
-        failures = 0
-        while self._take_inbox():
-            try:
-                news = self._engine.step()
-                failures = 0
-            except Exception as error:  # one bad step must not end the server
-                failures += 1
-                # The message might quote what a request holds: the kind of error and the place are enough.
-                place = "".join(traceback.format_tb(error.__traceback__))
-                _log.error("engine step failed: %s\n%s", type(error).__name__, place)
-                self._engine.abort_all()
-                self._failed = failures >= _FAILURES
-                self._call(self._end_streams)
-                if self._failed:
-                    return
-                continue
+    def _take(self, report: Report) -> None:
+        self._running, self._blocks_used = report.running, report.blocks_used
+        if report.failed:
+            self._failed = report.over
+            self._end_streams()
+        if report.step is not None:
             for listener in self._listeners:
-                listener(self._engine.last_step)
-            self._call(self._deliver, news)
-
-    def _take_inbox(self) -> bool:
-        """Apply what has come in, waiting for something when there is nothing to do. False: stop."""
-        while True:
-            try:
-                item = self._inbox.get(block=self._engine.idle)
-            except queue.Empty:
-                return True
-            if item is None:
-                self._engine.abort_all()
-                return False
-            if isinstance(item, str):
-                self._engine.abort(item)
-            else:
-                self._engine.add(item)
-
-    def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        assert self._loop is not None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(function, *arguments)
-
-    # Back on the event loop
-
-    def _deliver(self, news: list[tuple[str, Delta]]) -> None:
-        for request_id, delta in news:
+                listener(report.step)
+        for request_id, delta in report.news:
             entry = self._streams.get(request_id)
             if entry is None:
                 continue

@@ -1,4 +1,4 @@
-"""Continuous batching, one step at a time. Single-threaded; ``AsyncEngine`` gives it a thread and coroutines."""
+"""Continuous batching, one step at a time. Single-threaded; ``EngineLoop`` drives it, ``AsyncEngine`` talks to that."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import time
 from itertools import pairwise
 
 from model.tokenizer import Tokenizer
+from server.engine.admission import Admission
 from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
 from server.engine.grouping import GroupingPolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.plan import Group, Plan
-from server.engine.request import Delta, EngineRequest, RequestError, Sequence, StepStats
+from server.engine.request import Delta, EngineRequest, Sequence, StepStats
 from server.engine.results import Results
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerLimits
@@ -45,36 +46,20 @@ class Engine:
             temperature=self.config.temperature,
             group_fill=runner.fill.kind if self.config.is_grouped else "none",
         )
+        self.admission = Admission(
+            self.scheduler.capacity,
+            positions=self.config.n_positions,
+            vocabulary=self.config.vocab_size,
+            temperature=self.config.temperature,
+            end_of_text=self.config.eos_token_id,
+            stop_strings=tokenizer is not None,
+        )
         self._sequences: dict[str, list[Sequence]] = {}
         self.last_step = StepStats()
 
     def check(self, request: EngineRequest) -> None:
         """Raises RequestError naming the field when the request cannot be served. Safe to call from any thread."""
-        params, config = request.sampling, self.config
-        for prompt in request.prompts:
-            if not prompt:
-                raise RequestError("prompt must not be empty", param="prompt")
-            if len(prompt) + params.max_tokens > config.n_positions:
-                raise RequestError(
-                    f"the model has {config.n_positions} positions, but the prompt has {len(prompt)} tokens and "
-                    f"max_tokens is {params.max_tokens}",
-                    param="prompt" if len(prompt) >= config.n_positions else "max_tokens",
-                    code="context_length_exceeded",
-                )
-            if not all(0 <= token < config.vocab_size for token in prompt):
-                raise RequestError(f"prompt has a token id outside 0 to {config.vocab_size - 1}", param="prompt")
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            if not all(0 <= token < config.vocab_size for token in ids):
-                raise RequestError(f"{name} has a token id outside 0 to {config.vocab_size - 1}", param=name)
-        if params.min_tokens and len(self.sampler.ends(params)) >= config.vocab_size:
-            raise RequestError("min_tokens leaves no token: stop_token_ids names them all", param="stop_token_ids")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop needs a tokenizer, which this checkpoint lacks; use stop_token_ids", param="stop")
-        if request.privacy is not None and not 0 <= request.privacy.temperature <= config.temperature:
-            raise RequestError(
-                f"private_temperature must lie between 0 and {config.temperature}", param="private_temperature"
-            )
-        self.scheduler.check(request)
+        self.admission.check(request)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that ``check`` has passed."""

@@ -46,6 +46,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
 
+    def ends(self, end_of_text: int | None) -> set[int]:
+        """The tokens that end a sequence."""
+        ends = set(self.stop_token_ids)
+        if end_of_text is not None and not self.ignore_eos:
+            ends.add(end_of_text)
+        return ends
+
 
 @dataclass(frozen=True)
 class Privacy:

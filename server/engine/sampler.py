@@ -98,10 +98,7 @@ class Sampler:
 
     def ends(self, params: SamplingParams) -> set[int]:
         """The tokens that end a sequence."""
-        ends = set(params.stop_token_ids)
-        if self._end_of_text is not None and not params.ignore_eos:
-            ends.add(self._end_of_text)
-        return ends
+        return params.ends(self._end_of_text)
 
 
 def _adjusts(sequence: Sequence) -> bool:

@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from server.engine.admission import Capacity
 from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
 from server.engine.plan import Chunk, Plan, Swap
 from server.engine.prefix_cache import PrefixCache
-from server.engine.request import EngineRequest, MixingPart, RequestError, Sequence, Status
+from server.engine.request import EngineRequest, MixingPart, Sequence, Status
 
 PRIVATE_CHUNK = 64  # tokens of a private prompt computed at once
 
@@ -45,6 +46,7 @@ class Scheduler:
 
     def __init__(self, blocks: BlockManager, limits: SchedulerLimits, alignment: Alignment | None = None) -> None:
         self.blocks, self.limits, self._alignment = blocks, limits, alignment
+        self.capacity = Capacity(limits.max_running, blocks.total, blocks.block_size)
         self.prefixes = PrefixCache(blocks, PRIVATE_CHUNK)
         self._waiting: list[_Waiting] = []
         self._running: list[Sequence] = []
@@ -75,20 +77,7 @@ class Scheduler:
 
     def check(self, request: EngineRequest) -> None:
         """Raises RequestError when the request could never be admitted. Safe to call from any thread."""
-        count = len(request.prompts) * request.n
-        if count > self.limits.max_running:
-            raise RequestError(
-                f"a request may ask for at most {self.limits.max_running} completions (prompts times n), not {count}",
-                param="n",
-            )
-        if self._blocks_needed(request) > self.blocks.total:
-            raise RequestError(
-                "the prompts and max_tokens together need more KV cache than the server has", param="max_tokens"
-            )
-
-    def _blocks_needed(self, request: EngineRequest) -> int:
-        longest = request.sampling.max_tokens
-        return request.n * sum(self.blocks.blocks_for(len(prompt) + longest) for prompt in request.prompts)
+        self.capacity.check(request)
 
     def add(self, request: EngineRequest) -> list[Sequence]:
         """Queue a request that ``check`` has passed; returns its sequences."""
