@@ -1,4 +1,5 @@
-"""Muon: momentum, orthogonalised, for weight matrices (Jordan et al. 2024; scaled as in Liu et al., arXiv 2502.16982).
+"""Optimizers of a run, among them Muon: momentum, orthogonalised, for weight matrices (Jordan et al. 2024; scaled as in
+Liu et al., arXiv 2502.16982).
 
 ``torch.optim.Muon`` takes two-dimensional parameters only; an expert bank is a stack of matrices, each of which must be
 orthogonalised by itself.
@@ -10,7 +11,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from model.recipe import TrainSettings
 
 # Newton-Schulz coefficients of Jordan et al.: steep at zero, so that few iterations suffice.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -53,3 +56,34 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalize(parameter.grad.lerp(average, group["momentum"]))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update, alpha=-group["lr"] * _RMS * max(parameter.shape[-2:]) ** 0.5)
+
+
+def build_optimizers(
+    model: nn.Module, temperatures: list[nn.Parameter], settings: TrainSettings
+) -> list[torch.optim.Optimizer]:
+    """Weight decay on matrices only: not on norms, biases, embeddings, learnt temperatures or controllers (whose scale
+    is the temperature's business)."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.dim() >= 2 and not name.startswith(("wte", "wpe", "lm_head"))
+        (matrices if is_matrix and not name.endswith("controller") else rest).append(parameter)
+    decay = settings.weight_decay
+    undecayed = [{"params": rest, "weight_decay": 0.0}]
+    if temperatures:  # last, where ``set_rates`` looks for them
+        undecayed.append({"params": temperatures, "weight_decay": 0.0})
+    if settings.optimizer == "muon":
+        return [
+            Muon(matrices, lr=settings.learning_rate, weight_decay=decay),
+            torch.optim.AdamW(undecayed, betas=(0.9, 0.95)),
+        ]
+    return [torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, *undecayed], betas=(0.9, 0.95))]
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], rate: float, settings: TrainSettings) -> None:
+    """The step's learning rate, in each group at its own scale."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (settings.matrix_rate if isinstance(optimizer, Muon) else 1.0)
+    if settings.temperature_mode == "learnable":
+        optimizers[-1].param_groups[-1]["lr"] = rate * settings.temperature_rate

@@ -23,7 +23,7 @@ from model.attention import attend_whole_sequences
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.errors import TrainingError
-from model.joint import JointSequences, joint_loss
+from model.joint import JointSequences, joint_losses
 from model.mixing import WholeSequences
 from model.optimizer import Muon
 from model.recipe import TrainSettings, preset_named
@@ -177,7 +177,7 @@ def test_schedules(steps: int, warmup: int, anneal_from: float, final: float) ->
         steps=steps, warmup=min(warmup, steps), anneal_from=anneal_from, final_temperature=final, batch=4, length=8
     )
     rates = [settings.rate(step) for step in range(steps)]
-    temperatures = [settings.temperature(step, 1.0) for step in range(steps + 1)]
+    temperatures = [settings.temperatures(step, 1.0, 1)[0] for step in range(steps + 1)]
     assert all(0 < rate <= settings.learning_rate * (1 + 1e-9) for rate in rates)
     after = rates[settings.warmup :]
     assert all(one >= other for one, other in itertools.pairwise(after))
@@ -256,17 +256,17 @@ def test_joint_copies_decode_as_by_hand() -> None:
     assert same.float().mean() > 0.9  # the weakest of very many wins of one expert are dropped
 
 
-def test_the_joint_loss_against_its_definition() -> None:
+def test_the_joint_losses_against_their_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 7, 11, generator=generator)  # 3 mixed, 2 copies of the first two
     targets = torch.randint(0, 11, (3, 7), generator=generator)
-    found = joint_loss(logits, targets, 2, weight=0.4, distill=0.25)
+    loss, private, learnt = joint_losses(logits, targets, 2, distill=0.25)
     mixed = F.cross_entropy(logits[:3].reshape(-1, 11), targets.reshape(-1))
     copied = logits[3:].log_softmax(-1)
     teacher = logits[:2].softmax(-1)
     hard = -copied.gather(-1, targets[:2, :, None]).mean()
     soft = -(teacher * copied).sum(-1).mean()
-    torch.testing.assert_close(found, mixed + 0.4 * (0.75 * hard + 0.25 * soft))
+    torch.testing.assert_close((loss, private, learnt), (mixed, hard, 0.75 * hard + 0.25 * soft))
 
 
 def test_muon_steps_by_nearly_orthogonal_matrices() -> None:
