@@ -159,7 +159,7 @@ def _attend(batch: int, heads: int, layer: int, qkv: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint in float32 and windows of text to score it on."""
+    """A checkpoint and windows of text to score it on."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -174,10 +174,10 @@ class Opened:
         return Evaluator(self.model, self.windows, fill, self.tokenizer, kernels)
 
 
-def open_for_scoring(folder: Path, data: Path, *, windows: int | None) -> Opened:
+def open_for_scoring(folder: Path, data: Path, *, windows: int | None, dtype: torch.dtype = torch.float32) -> Opened:
     """``windows``: about how many (rounded up to full groups), spread over the text; None: all of it. Raises
     CheckpointError (also when there is no tokenizer) or TrainingError."""
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, dtype=dtype)
     tokenizer = Tokenizer.load(folder)
     if tokenizer is None:
         raise CheckpointError(f"{folder / 'tokenizer.json'}: not found; text cannot be scored without it")

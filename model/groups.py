@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.layers import TILE, activate_rows, tile_matmul
-from model.mixing import ExpertBank, mixing_entropy, mixing_weights
+from model.mixing import ExpertBank, exact_products, mixing_entropy, mixing_weights
 from model.native import Kernels
 from model.reference import ReferenceCrowd
 
@@ -85,33 +85,36 @@ class SharedGroups:
         merge, emit = mixing_weights(
             scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated
         )
-        mixes = torch.bmm(merge.transpose(1, 2), members).transpose(0, 1)  # [E, n, D]
-        self.entropy += mixing_entropy(merge.float())
+        mixes = torch.bmm(merge.transpose(1, 2).to(members.dtype), members).transpose(0, 1)  # [E, n, D]
+        self.entropy += mixing_entropy(merge)
         return mixes, torch.nan_to_num(emit) if self._empty is not None else emit
 
     def redistribute(self, outputs: Tensor, emit: Tensor, x: Tensor) -> Tensor:
         """The experts' answers ``[E, n, D]`` back to the rows of ``x``."""
-        out = torch.bmm(emit, outputs.transpose(0, 1).to(emit.dtype))
+        if self._kernels is not None:
+            outputs = outputs.float()
+        out = torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
         result = torch.zeros_like(x)
         result.index_copy_(0, self._rows, out.view(-1, x.shape[1])[self._places].to(x.dtype))
         return result
 
     def _gather(self, layer: int, bank: ExpertBank, live: Tensor) -> tuple[Tensor, Tensor]:
-        """Members ``[n, G, D]`` and scores ``[n, G, E]``; the crowd's scores are known beforehand. With kernels in
-        float32, which such machines compute fastest in."""
+        """Members ``[n, G, D]`` and float32 scores ``[n, G, E]``; the crowd's scores are known beforehand. With kernels
+        members are float32 too, which such machines compute fastest in."""
         count, width = self._positions.shape[0], live.shape[1]
+        dtype = live.dtype if self._kernels is None else torch.float32
         if self._kernels is not None:
             own = self._kernels.linear(live, bank.controller, None, by_output=False)
         else:
-            own = live @ bank.controller
+            own = exact_products(live, bank.controller)
         own = bank.scores(own)
         if self._fill.crowd is None:
-            members = own.new_zeros(count, self._size, width)
+            members = own.new_zeros(count, self._size, width, dtype=dtype)
             scores = own.new_zeros(count, self._size, own.shape[1])
         else:
-            members = _copied(self._fill.crowd.at(layer, self._positions), own.dtype)
+            members = _copied(self._fill.crowd.at(layer, self._positions), dtype)
             scores = _copied(self._fill.crowd.scores_at(layer, self._positions).transpose(1, 2), own.dtype)
-        members.view(-1, width).index_copy_(0, self._places, live.to(own.dtype))
+        members.view(-1, width).index_copy_(0, self._places, live.to(dtype))
         scores.view(-1, own.shape[1]).index_copy_(0, self._places, own)
         return members, scores
 
@@ -153,7 +156,7 @@ class PrivateRows:
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         if self._kernels is not None:
             return self.beside(layer, bank, x, x.new_empty(bank.lin1.shape[0], 0, x.shape[1]))[0]
-        own = bank.scores(tile_matmul(x, bank.controller).float())  # [n, E]
+        own = bank.scores(tile_matmul(x.float(), bank.controller.float()))  # [n, E]
         mixes, emit = self._weights(layer, bank, x, own)
         used = (emit >= self._skip_below[:, None]) & (emit > 0) & self._live[:, None]
         self.experts_used += used.sum(1)
@@ -179,7 +182,7 @@ class PrivateRows:
             assert self._fill.crowd is not None
             others = self._fill.crowd.at(layer, self._positions)[:, 1:]  # [n, G-1, D]
             members = torch.cat((members, others), 1)
-            scores = torch.cat((scores, self._fill.crowd.scores_at(layer, self._positions)[:, :, 1:].float()), 2)
+            scores = torch.cat((scores, self._fill.crowd.scores_at(layer, self._positions)[:, :, 1:]), 2)
         if bank.discrete:
             merge = torch.zeros_like(scores).scatter_(2, scores.argmax(2, keepdim=True), 1.0)
         else:

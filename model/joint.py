@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.mixing import ExpertBank, WholeSequences, of_layer
+from model.mixing import ExpertBank, WholeSequences, exact_products, of_layer
 
 # Rows an expert takes, over what it would take if all won alike; the weakest wins beyond that are dropped.
 _CAPACITY = 2.0
@@ -43,7 +43,7 @@ class JointSequences:
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         length = x.shape[0] // (self._batch + self._copies)
         mixed, copied = x[: self._batch * length], x[self._batch * length :]
-        rivals = self._rivals(mixed.detach() @ bank.controller.detach(), length)
+        rivals = self._rivals(exact_products(mixed.detach(), bank.controller.detach()), length)
         return torch.cat((self._mixed(layer, bank, mixed), self._unmixed(layer, bank, copied, rivals)))
 
     def _rivals(self, scores: Tensor, length: int) -> Tensor:
@@ -57,7 +57,7 @@ class JointSequences:
     def _unmixed(self, layer: int, bank: ExpertBank, x: Tensor, rivals: Tensor) -> Tensor:
         """Each row alone through the experts that it wins, with weight 1. The weight's gradient is that of the softmax
         between the row and its best rival (straight through)."""
-        margin = x @ bank.controller - rivals  # [n, E]
+        margin = exact_products(x, bank.controller) - rivals  # [n, E]
         count = margin.shape[0]
         capacity = min(count, int(_CAPACITY * count / self._size))
         rows = margin.detach().topk(capacity, dim=0).indices  # [capacity, E]

@@ -140,20 +140,28 @@ def mixing_weights(
     return merge, torch.softmax(scores / temperature, dim=2) if over_experts else merge
 
 
+def exact_products(x: Tensor, controller: Tensor) -> Tensor:
+    """``x [..., D] @ controller [D, E]`` in float32 at least, under autocast too: a temperature near 0 multiplies what
+    rounding to bfloat16 would make of a score."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(dtype) @ controller.to(dtype)
+
+
 def mix_groups(
     bank: ExpertBank, members: Tensor, temperature: float | Tensor, watch: Callable[[Tensor], None] | None = None
 ) -> Tensor:
     """``members [n, G, D]``, n groups of G tokens after the layer norm, to ``[n, G, D]``. ``temperature`` is one for
     all experts or ``[1 or E]``; ``watch`` is shown the mixing weights ``[n, G, E]``."""
     merge, emit = mixing_weights(
-        bank.scores(members @ bank.controller), temperature,
+        bank.scores(exact_products(members, bank.controller)), temperature,
         over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated,
     )  # fmt: skip
     if watch is not None:
         watch(merge)
-    mixes = torch.bmm(merge.transpose(1, 2), members)  # [n, E, D]
+    mixes = torch.bmm(merge.transpose(1, 2).to(members.dtype), members)  # [n, E, D]
     outputs = bank.experts(mixes.transpose(0, 1))  # [E, n, D]
-    return torch.bmm(emit, outputs.transpose(0, 1))
+    return torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
 
 
 def mixing_entropy(merge: Tensor) -> Tensor:

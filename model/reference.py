@@ -18,7 +18,7 @@ from torch import Tensor
 from model.attention import attend_whole_sequences
 from model.config import ModelConfig
 from model.errors import CheckpointError
-from model.mixing import ExpertBank, WholeSequences
+from model.mixing import ExpertBank, WholeSequences, exact_products
 from model.transformer import Transformer
 
 FILE = "reference.safetensors"
@@ -26,7 +26,8 @@ TENSOR = "activations"
 
 
 class ReferenceCrowd:
-    """``activations [layers, positions, G, D]``, and their ``scores [layers, positions, E, G]`` against each expert.
+    """``activations [layers, positions, G, D]``, and their float32 ``scores [layers, positions, E, G]`` against each
+    expert.
 
     Members are kept in reverse: member j stands at place G-1-j, so that a group whose first k places are live has the
     first G-k members in the rest, whatever k is.
@@ -36,7 +37,7 @@ class ReferenceCrowd:
         self.places = activations.flip(2).contiguous()
         self.scores = torch.stack(
             [
-                bank.scores(layer @ bank.controller).transpose(1, 2)
+                bank.scores(exact_products(layer, bank.controller)).transpose(1, 2)
                 for layer, bank in zip(self.places, banks, strict=True)
             ]
         ).contiguous()

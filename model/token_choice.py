@@ -22,7 +22,7 @@ from torch import Tensor
 
 from model.groups import sparse_experts
 from model.layers import tile_matmul
-from model.mixing import ExpertBank
+from model.mixing import ExpertBank, exact_products
 from model.native import Kernels
 
 
@@ -52,9 +52,9 @@ class TokenChoice:
             scores = self._kernels.linear(x, bank.controller, None, by_output=False)
             return self._kernels.routed(x, _gates(bank, scores), bank).to(x.dtype)
         if self._tiled:
-            gates = _gates(bank, tile_matmul(x, bank.controller).float())
+            gates = _gates(bank, tile_matmul(x.float(), bank.controller.float()))
             return sparse_experts(bank, x[:, None].expand(-1, gates.shape[1], -1), gates, gates > 0)
-        return by_expert(bank, x, _gates(bank, (x @ bank.controller).float()))
+        return by_expert(bank, x, _gates(bank, exact_products(x, bank.controller)))
 
 
 def _gates(bank: ExpertBank, scores: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class TrainedTokenChoice:
         self.balance: list[Tensor] = []
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
-        scores = (x @ bank.controller).float()
+        scores = exact_products(x, bank.controller)
         probabilities = torch.softmax(scores, 1)
         chosen = chosen_experts(scores, bank.per_token)
         self.balance.append(balance_loss(probabilities, chosen))

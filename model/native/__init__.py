@@ -178,9 +178,9 @@ class Kernels:
         temperatures: Tensor, skip_below: Tensor, live: Tensor, entropy: Tensor, used: Tensor, mixes: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One MoT or (``gated``) Expert Choice layer for private rows ``x [n, D]``; ``groups.PrivateRows`` is its plain
-        twin. ``crowd``: one layer's ``[P, G, D]`` and scores ``[P, E, G]``. Adds to ``entropy`` and ``used [n]``;
-        float32 ``[n, D]``. Beside them ``bank`` for ``mixes [E, groups, D]``, groups may be 0, while the weights are at
-        hand."""
+        twin. ``crowd``: one layer's ``[P, G, D]`` and float32 scores ``[P, E, G]``. Adds to ``entropy`` and ``used
+        [n]``; float32 ``[n, D]``. Beside them ``bank`` for ``mixes [E, groups, D]``, groups may be 0, while the weights
+        are at hand."""
         x = x.float().contiguous()
         mixes = mixes.float().contiguous()
         outputs = torch.empty_like(mixes)
@@ -189,7 +189,7 @@ class Kernels:
             own = torch.softmax(own, 1)  # row by row
         out = torch.empty_like(x)
         members, scores = crowd if crowd is not None else (own, own)
-        assert members.is_contiguous() and scores.is_contiguous()
+        assert members.is_contiguous() and scores.is_contiguous() and scores.dtype is torch.float32
         lin1, lin2, scale1, scale2 = _experts(bank)
         layer = _PrivateLayer(
             n=x.shape[0], D=x.shape[1], E=bank.lin1.shape[0], S=bank.lin1.shape[2],

@@ -456,7 +456,7 @@ struct PrivateLayer {
     const float* x;            // [n, D]
     const float* own;          // [n, E] scores
     const void* crowd;         // [places, members, D], the first member gives way to the row
-    const void* crowd_scores;  // [places, E, members]
+    const float* crowd_scores;  // [places, E, members]
     const int64_t* positions;  // [n]
     const float* temperatures;
     const float* skip_below;
@@ -498,8 +498,7 @@ void add_up(const std::vector<Pair>& pairs, const std::vector<float>& answers, f
 }
 
 // Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
-template <class C>
-float mixing_weights(const PrivateLayer& l, long row, const C* scores, float* merge, float* emit) {
+float mixing_weights(const PrivateLayer& l, long row, const float* scores, float* merge, float* emit) {
     const long rivals = l.members > 0 ? l.members - 1 : 0, size = rivals + 1;
     const float T = l.temperatures[row];
     const float* own = l.own + row * l.E;
@@ -507,11 +506,11 @@ float mixing_weights(const PrivateLayer& l, long row, const C* scores, float* me
     double spent = 0;
     for (long e = 0; e < l.E; ++e) {
         float* m = merge + e * size;
-        const C* theirs = scores + e * l.members + 1;
+        const float* theirs = scores + e * l.members + 1;
         float best = -std::numeric_limits<float>::infinity();
         long holder = 0;
         for (long j = 0; j < rivals; ++j) {
-            const float s = value(theirs + j);
+            const float s = theirs[j];
             m[j + 1] = s;
             if (s > best) best = s, holder = j + 1;
         }
@@ -573,7 +572,7 @@ void private_layer(const PrivateLayer& l) {
     const long size = l.members > 0 ? l.members : 1;
     std::vector<float> emit(l.n * l.E), merge(l.n * l.E * size);
     const C* crowd = static_cast<const C*>(l.crowd);
-    const C* scores = static_cast<const C*>(l.crowd_scores);
+    const float* scores = l.crowd_scores;
     auto place = [&](long row) { return l.places > 1 ? l.positions[row] : 0; };
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < l.n; ++row) {

@@ -68,21 +68,25 @@ def evaluate(
     ] = None,
     private_temperature: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
     private_skip_below: Annotated[float | None, typer.Option(help="Default: the checkpoint's.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto, which is what serve takes here.")] = "float32",
     quantize: Annotated[str, typer.Option(help="none, or int8 for the experts' weights.")] = "none",
     kernels: Annotated[str, typer.Option(help="auto, native or plain.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity and bits per byte of a checkpoint in each way that the server can run it."""
+    import torch
+
     from model import reference
     from model.evaluate import MODES, modes_of, open_for_scoring
-    from server.loading import DEMO, load_privacy, quantize_experts, resolve_kernels
+    from server.loading import DEMO, load_privacy, quantize_experts, resolve_dtype, resolve_kernels
 
     with told(), progress("evaluating") as (bar, task):
         unknown = [name for name in mode or () if name not in MODES]
         if unknown:
             raise ValueError(f"mode: {unknown[0]!r} is not one of {', '.join(MODES)}")
         folder = model or DEMO
-        opened = open_for_scoring(folder, data, windows=windows)
+        chosen = resolve_dtype(dtype, torch.device("cpu"))
+        opened = open_for_scoring(folder, data, windows=windows, dtype=chosen)
         if quantize not in ("none", "int8"):
             raise ValueError(f"quantize: {quantize!r} is neither none nor int8")
         if quantize == "int8":

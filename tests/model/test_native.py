@@ -168,7 +168,6 @@ def test_private_layer(
         bank.to(dtype).float()
     activations = _random(1, 6, group, 18, seed=seed + 1).to(dtype)
     crowd = ReferenceCrowd(activations.float(), [bank], fingerprint=None)
-    crowd.scores = crowd.scores.to(dtype).float()
     chosen = Fill.build(fill, config, [bank], crowd)  # type: ignore[arg-type]
     about = {
         "positions": torch.arange(rows) % 6,
@@ -180,7 +179,7 @@ def test_private_layer(
     plain = PrivateRows(config, chosen, **about)
     wanted = plain(0, bank, x)
     entropy, used = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
-    layer = None if chosen.crowd is None else (chosen.crowd.places[0].to(dtype), chosen.crowd.scores[0].to(dtype))
+    layer = None if chosen.crowd is None else (chosen.crowd.places[0].to(dtype), chosen.crowd.scores[0])
 
     groups = _random(bank.lin1.shape[0], seed % 3, 18, seed=seed + 3)
 
