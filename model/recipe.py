@@ -220,7 +220,9 @@ PRESETS = tuple(_PRESETS)
 _DENSE_PAPER_RATE = 4e-3
 
 
-def preset_named(name: str, changes: dict[str, Any], *, feed_forward: str = "mot") -> tuple[ModelConfig, TrainSettings]:
+def preset_named(
+    name: str, changes: dict[str, Any], *, feed_forward: str = "mot", start: ModelConfig | None = None
+) -> tuple[ModelConfig, TrainSettings]:
     """A model and how to train it, with some settings changed.
 
     - ``tiny`` is done in seconds.
@@ -229,13 +231,14 @@ def preset_named(name: str, changes: dict[str, Any], *, feed_forward: str = "mot
       dense.
     - ``mot-medium``: the published checkpoint's shape. Its rate is ours, not the authors'.
 
-    ``feed_forward`` puts another kind of layer in, at equal FLOPs (see ``kinds.flop_matched``). Raises TrainingError
+    ``feed_forward`` puts another kind of layer in, at equal FLOPs (see ``kinds.flop_matched``); ``start``: the
+    configuration of a checkpoint that training begins with, which then takes the preset's place. Raises TrainingError
     for another name and for a change that nothing would use.
     """
     if name not in _PRESETS:
         raise TrainingError(f"preset must be one of {', '.join(_PRESETS)}, not {name!r}")
     config, settings = _PRESETS[name]
-    config = flop_matched(config, feed_forward)
+    config = flop_matched(config, feed_forward) if start is None else start
     if name == "paper" and feed_forward == "dense":
         settings = dataclasses.replace(settings, learning_rate=_DENSE_PAPER_RATE)
     if config.is_token_choice:

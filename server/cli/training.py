@@ -106,6 +106,7 @@ def train(
     torchrun --nproc-per-node 2 -m server train OUT --data FILE ...
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    from model.config import ModelConfig
     from model.recipe import preset_named
     from model.train import Trainer
     from model.workers import joined
@@ -116,7 +117,8 @@ def train(
         for name in ("eval_every", "eval_windows"):
             if name in given and validation is None:
                 raise ValueError(f"{name}: only with validation")
-        config, settings = preset_named(preset, _changes(given), feed_forward=feed_forward or "mot")
+        start = None if start_from is None else ModelConfig.load(start_from)
+        config, settings = preset_named(preset, _changes(given), feed_forward=feed_forward or "mot", start=start)
         out.mkdir(parents=True, exist_ok=True)
         trainer = Trainer.prepare(config, settings, data, out, start=start_from, workers=workers, validation=validation)
         if trainer.resume() and workers.is_first:

@@ -64,7 +64,7 @@ def test_two_processes_train_what_one_does(flags: tuple[str, ...], tmp_path: Pat
     assert [line["step"] for line in found] == [line["step"] for line in expected] == list(range(1, 31))
     for name in ("loss", "gradient_norm", "temperature", "mixing_entropy", "validation_perplexity"):
         for line, other in zip(found, expected, strict=True):
-            assert line[name] == pytest.approx(other[name], rel=2e-3)
+            assert line[name] is other[name] is None or line[name] == pytest.approx(other[name], rel=1e-4)
     assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
     assert found[-1]["loss"] < found[0]["loss"] - 0.5
     ours, theirs = weights(two), weights(one)

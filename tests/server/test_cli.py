@@ -12,6 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from model.checkpoint import load_model
+from model.config import ModelConfig
 from model.recipe import TrainSettings
 from server.auth import hash_of, read_keys
 from server.cli import app, serving, training
@@ -71,6 +72,12 @@ def test_training_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     assert load_model(tmp_path / "more").config.temperature == pytest.approx(0.05)
+
+
+def test_a_setting_that_the_checkpoint_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    ModelConfig(model_type="gpt2").save(tmp_path)
+    found = invoke("train", tmp_path / "run", "--data", "a", "--start-from", tmp_path, "--temperature-mode", "fixed")
+    assert found.exit_code == 2 and "temperature_mode: a gpt2 model" in found.stderr
 
 
 @pytest.mark.parametrize("kind", ["dense", "mot", "switch", "top-k", "expert-choice"])
