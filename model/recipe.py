@@ -204,14 +204,14 @@ _PRESETS: dict[str, tuple[ModelConfig, TrainSettings]] = {
     "paper": (
         PAPER,
         TrainSettings(
-            steps=250_000, batch=256, warmup=2500, temperature_mode="fixed", save_every=1000, eval_every=1000,
-            autocast=True, compile=True,
+            steps=250_000, batch=256, accumulate=8, warmup=2500, temperature_mode="fixed", save_every=1000,
+            eval_every=1000, autocast=True, compile=True,
         ),
     ),
     "mot-medium": (
         MOT_MEDIUM,
         TrainSettings(
-            steps=250_000, batch=256, accumulate=4, learning_rate=1e-3, warmup=2500, save_every=1000, eval_every=1000,
+            steps=250_000, batch=256, accumulate=8, learning_rate=1e-3, warmup=2500, save_every=1000, eval_every=1000,
             autocast=True, compile=True, shard_bytes=2 * 10**9,
         ),
     ),
