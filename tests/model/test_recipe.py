@@ -126,7 +126,7 @@ SENSIBLE = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.one_of(ANY_SETTINGS, SENSIBLE))
 def test_what_is_accepted_can_be_trained(chosen: TrainSettings) -> None:
     """And what is refused is refused with a setting's name, before anything is built."""
