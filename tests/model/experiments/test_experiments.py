@@ -25,6 +25,7 @@ from model.experiments.steps import reaches, spread
 from model.experiments.suite import Suite
 from model.groups import Fill
 from model.mixing import WholeSequences
+from model.native import Kernels, NativeUnavailable, open_kernels
 
 TEXT = "\n\n".join(f"The {n} boats went out at {n * 7 % 11} and came home in the rain." for n in range(900))
 SCALE = scale_named("tiny")
@@ -43,7 +44,15 @@ def _open(folder: Path, texts: tuple[Path, Path], heard: list[tuple[str, float]]
         if heard is not None:
             heard.append((doing, done))
 
-    return Suite.open(folder, SCALE, *texts, seeds=2, tell=tell)
+    return Suite.open(folder, SCALE, *texts, seeds=2, tell=tell, kernels=_kernels())
+
+
+def _kernels() -> Kernels | None:
+    """The plain path gives the same figures many times more slowly."""
+    try:
+        return open_kernels()
+    except NativeUnavailable:
+        return None
 
 
 @pytest.fixture(scope="module")
