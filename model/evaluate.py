@@ -20,8 +20,9 @@ from model.config import ModelConfig
 from model.data import encode_corpus, read_text
 from model.errors import CheckpointError, TrainingError
 from model.groups import Fill, PrivateRows
+from model.layers import TORCH, Arithmetic
 from model.mixing import WholeSequences
-from model.native import Kernels
+from model.native import Kernels, NativeArithmetic
 from model.reference import ReferenceCrowd
 from model.token_choice import TokenChoice
 from model.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ class Evaluator:
         positions = torch.arange(length, device=batch.device).repeat(count)
         mix: Mix
         if not self.config.is_grouped:
-            mix = TokenChoice()
+            mix = TokenChoice(self._kernels)
         elif mode in ("private", "private_unmixed"):
             rows = torch.ones(count * length, device=batch.device)
             mix = PrivateRows(
@@ -139,10 +140,14 @@ class Evaluator:
         else:
             mix = WholeSequences(self.config, count, pad=mode != "alone")
         attend = partial(_attend, count, self.config.n_head)
-        hidden = self.model(batch[:, :-1].reshape(-1), positions, attend, mix)
+        # As the engine does it; here no row has to be the same beside others.
+        arithmetic: Arithmetic = TORCH
+        if self._kernels is not None:
+            arithmetic = NativeArithmetic(self._kernels, shared=count * length)
+        hidden = self.model(batch[:, :-1].reshape(-1), positions, attend, mix, arithmetic)
         loss = 0.0
         for rows, targets in zip(torch.split(hidden, 1024), torch.split(batch[:, 1:].reshape(-1), 1024), strict=True):
-            loss += float(F.cross_entropy(self.model.logits(rows).float(), targets, reduction="sum"))
+            loss += float(F.cross_entropy(self.model.logits(rows, arithmetic).float(), targets, reduction="sum"))
         if isinstance(mix, PrivateRows):
             return loss, float(mix.experts_used.sum()) / self.config.n_layer
         return loss, float(count * length * self._experts_run())

@@ -41,8 +41,8 @@ class PagedKVCache:
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store ``keys`` and ``values [n, heads, head_size]`` at ``slots [n]`` (block * block_size + offset)."""
         data = self._data[layer].flatten(1, 2)
-        data[0].index_copy_(0, slots, keys)
-        data[1].index_copy_(0, slots, values)
+        data[0].index_copy_(0, slots, keys.to(data.dtype))
+        data[1].index_copy_(0, slots, values.to(data.dtype))
 
     def read(self, layer: int, tables: Tensor, context: int) -> tuple[Tensor, Tensor]:
         """The first ``context`` keys and values of block ``tables [m, b]``: each ``[m, context, heads, head_size]``."""
@@ -139,11 +139,12 @@ class PagedAttention:
         out = torch.zeros_like(queries)
         for segment in self._segments:
             k, v = self._cache.read(layer, segment.tables, segment.context)
-            q = queries[segment.rows].view(segment.tables.shape[0], -1, self._heads, self._size)
+            q = queries[segment.rows].to(k.dtype).view(segment.tables.shape[0], -1, self._heads, self._size)
             seen = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=segment.mask
             )
-            out.index_copy_(0, segment.rows, seen.transpose(1, 2).reshape(-1, self._heads, self._size))
+            seen = seen.transpose(1, 2).reshape(-1, self._heads, self._size)
+            out.index_copy_(0, segment.rows, seen.to(out.dtype))
         if self._single is not None:
             single = self._single
             k, v = self._cache.layer(layer)

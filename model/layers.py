@@ -31,7 +31,12 @@ class Projection(nn.Module):
 
 
 class Arithmetic(Protocol):
-    """The products of one pass, apart from attention and mixing. Results have the type of ``x``."""
+    """The operations of one pass, apart from attention and mixing. Results have the type of ``x``, but for the head's.
+    ``dtype`` is the type of what passes from layer to layer; None: that of the weights."""
+
+    dtype: torch.dtype | None
+
+    def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor: ...
 
     def affine(self, x: Tensor, projection: Projection) -> Tensor:
         """``x [n, in]`` to ``[n, out]``."""
@@ -44,6 +49,12 @@ class Arithmetic(Protocol):
 
 class TorchArithmetic:
     """Torch's own, with gradients: a row's last bits may depend on how many rows there are."""
+
+    dtype: torch.dtype | None = None
+
+    def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        result: Tensor = norm(x)
+        return result
 
     def affine(self, x: Tensor, projection: Projection) -> Tensor:
         result: Tensor = projection(x)

@@ -160,7 +160,7 @@ def mix_groups(
     if watch is not None:
         watch(merge)
     mixes = torch.bmm(merge.transpose(1, 2).to(members.dtype), members)  # [n, E, D]
-    outputs = bank.experts(mixes.transpose(0, 1))  # [E, n, D]
+    outputs = bank.experts(mixes.transpose(0, 1).to(bank.controller.dtype))  # [E, n, D]
     return torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
 
 

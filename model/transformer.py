@@ -41,9 +41,9 @@ class Block(nn.Module):
         self.mlp = ExpertBank(config) if config.has_experts else DenseFeedForward(config)
 
     def forward(self, layer: int, x: Tensor, attend: Attend, mix: Mix, arithmetic: Arithmetic) -> Tensor:
-        qkv = arithmetic.affine(self.ln_1(x), self.attn.c_attn)
+        qkv = arithmetic.affine(arithmetic.normalize(x, self.ln_1), self.attn.c_attn)
         x = x + arithmetic.affine(attend(layer, qkv), self.attn.c_proj)
-        normed = self.ln_2(x)
+        normed = arithmetic.normalize(x, self.ln_2)
         return x + (mix(layer, self.mlp, normed) if isinstance(self.mlp, ExpertBank) else self.mlp(normed, arithmetic))
 
 
@@ -97,11 +97,11 @@ class Transformer(nn.Module):
         self, ids: Tensor, positions: Tensor, attend: Attend, mix: Mix, arithmetic: Arithmetic = TORCH
     ) -> Tensor:
         """``ids [n]`` and ``positions [n]`` of n rows to hidden states ``[n, D]`` after the last layer norm."""
-        x = self.wte(ids) + self.wpe(positions)
+        tokens, places = self.wte(ids), self.wpe(positions)
+        x = tokens.to(arithmetic.dtype) + places.to(arithmetic.dtype) if arithmetic.dtype else tokens + places
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, attend, mix, arithmetic)
-        hidden: Tensor = self.ln_f(x)
-        return hidden
+        return arithmetic.normalize(x, self.ln_f)
 
     def logits(self, hidden: Tensor, arithmetic: Arithmetic = TORCH) -> Tensor:
         """``hidden [n, D]`` to ``[n, vocab_size]``."""

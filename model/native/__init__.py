@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.layers import Projection
 from model.mixing import ACTIVATION_FUNCTIONS, Activation, ExpertBank
@@ -261,7 +261,12 @@ class Kernels:
 
 class NativeArithmetic:
     """``layers.Arithmetic`` by the kernels: a row's bits depend on that row alone. Without gradients. The first
-    ``shared`` rows need no such promise: torch multiplies them where they are so many that it is faster."""
+    ``shared`` rows need no such promise: torch multiplies them where they are so many that it is faster.
+
+    Activations are float32 between products, whatever the weights are: that is what the kernels compute in, and
+    rounding them to bfloat16 cost the bundled checkpoint 1.4 % of its perplexity."""
+
+    dtype: torch.dtype | None = torch.float32
 
     def __init__(self, kernels: Kernels, *, shared: int = 0) -> None:
         self._kernels, self._shared = kernels, shared
@@ -269,21 +274,24 @@ class NativeArithmetic:
     def affine(self, x: Tensor, projection: Projection) -> Tensor:
         weight, bias, shared = projection.weight, projection.bias, self._shared
         if self._kernels.prefers_rows(shared, weight):
-            return self._kernels.linear(x, weight, bias, by_output=False).to(x.dtype)
-        together = torch.addmm(bias, x[:shared], weight)
+            return self._kernels.linear(x, weight, bias, by_output=False)
+        together = torch.addmm(bias, x[:shared].to(weight.dtype), weight).float()
         if shared == x.shape[0]:
             return together
-        return torch.cat((together, self._kernels.linear(x[shared:], weight, bias, by_output=False).to(x.dtype)))
+        return torch.cat((together, self._kernels.linear(x[shared:], weight, bias, by_output=False)))
+
+    def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
-        return self._kernels.activate(x.float().contiguous(), activation).to(x.dtype)
+        return self._kernels.activate(x.contiguous(), activation)
 
     def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
         shared = self._shared
         if self._kernels.prefers_rows(shared, weight):
             return self._kernels.linear(hidden, weight, None, by_output=True)
         rest = self._kernels.linear(hidden[shared:], weight, None, by_output=True)
-        return torch.cat((F.linear(hidden[:shared], weight).float(), rest))
+        return torch.cat((F.linear(hidden[:shared].to(weight.dtype), weight).float(), rest))
 
 
 def _function(library: ctypes.CDLL, name: str, arguments: Sequence[object]) -> Callable[..., None]:

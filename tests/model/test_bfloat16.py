@@ -8,11 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.attention import attend_whole_sequences
 from model.config import ModelConfig
 from model.groups import Fill, PrivateRows, SharedGroups
-from model.mixing import ExpertBank, mix_groups
-from model.native import Kernels, NativeUnavailable, open_kernels
+from model.layers import TORCH, Arithmetic
+from model.mixing import ExpertBank, WholeSequences, mix_groups
+from model.native import Kernels, NativeArithmetic, NativeUnavailable, open_kernels
 from model.reference import ReferenceCrowd
+from model.transformer import Transformer
 
 CONFIG = ModelConfig(n_embd=64, n_head=4, n_layer=1, n_positions=4, n_expert=32, expert_size=16, group_size=8)
 COLD = 0.02
@@ -87,3 +90,26 @@ def test_shared_groups(name: str) -> None:
 
     wanted = run(bank, x.float(), crowd.float(), None)
     assert _distance(run(bank.bfloat16(), x, crowd, _kernels(name)), wanted) < 0.01
+
+
+def test_residuals_are_float32_with_kernels() -> None:
+    """Weights that bfloat16 holds exactly give float32's hidden states, up to what products round."""
+    config = CONFIG.replace(n_layer=3, vocab_size=50, temperature=0.1)
+    model = Transformer(config).requires_grad_(False)
+    model.initialize(0)
+    model.bfloat16()
+    ids, positions = torch.arange(24) % 50, torch.arange(4).repeat(6)
+
+    def hidden(model: Transformer, arithmetic: Arithmetic) -> Tensor:
+        return model(
+            ids, positions, lambda _, qkv: attend_whole_sequences(qkv, 6, config.n_head),
+            WholeSequences(config, 6), arithmetic,
+        )  # fmt: skip
+
+    kernels = _kernels("native")
+    assert kernels is not None
+    found = hidden(model, NativeArithmetic(kernels))
+    rounded = hidden(model, TORCH)
+    wanted = hidden(model.float(), TORCH)
+    assert found.dtype is torch.float32 and rounded.dtype is torch.bfloat16
+    assert _distance(found, wanted) < _distance(rounded, wanted) / 2
