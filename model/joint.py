@@ -64,7 +64,8 @@ class JointSequences:
         capacity = min(count, int(_CAPACITY * count / (self._rival_count + 1)))
         rows = margin.detach().topk(capacity, dim=0).indices  # [capacity, E]
         won = margin.gather(0, rows)
-        soft = torch.sigmoid(won / of_layer(self._temperature, layer))
+        # Of those that won only: at a low temperature a clear loser's weight is 0, and 0 / 0 no number.
+        soft = torch.sigmoid(won.clamp(min=0) / of_layer(self._temperature, layer))
         gate = (won.detach() > 0) * (soft / soft.detach())
         outputs = bank.experts(x[rows.t()]) * gate.t()[:, :, None]  # [E, capacity, D]
         return torch.zeros_like(x).index_add(0, rows.t().reshape(-1), outputs.flatten(0, 1).to(x.dtype))

@@ -97,3 +97,16 @@ def test_the_joint_losses_against_their_definition() -> None:
     hard = -copied.gather(-1, targets[:2, :, None]).mean()
     soft = -(teacher * copied).sum(-1).mean()
     torch.testing.assert_close((loss, private, learnt), (mixed, hard, 0.75 * hard + 0.25 * soft))
+
+
+def test_clear_losers_at_a_low_temperature_leave_numbers() -> None:
+    model = Transformer(CONFIG)
+    model.initialize(0)
+    with torch.no_grad():
+        for bank in model.banks:
+            bank.controller.mul_(100)
+    mix = JointSequences(CONFIG, 8, 4, temperature=0.001)
+    out = mix(0, model.banks[0], torch.randn(12 * 10, CONFIG.n_embd, generator=torch.Generator().manual_seed(0)))
+    out.square().sum().backward()  # type: ignore[no-untyped-call]
+    gradient = model.banks[0].controller.grad
+    assert out.isfinite().all() and gradient is not None and gradient.isfinite().all()
