@@ -94,5 +94,8 @@ class Objective:
             return functools.partial(self._choose, choice)
         seen = watch if config.is_mot else None
         if self._copies:
-            return JointSequences(config, self._batch, self._copies, temperature=temperatures, watch=seen)
+            return JointSequences(
+                config, self._batch, self._copies,
+                temperature=temperatures, rivals=self._settings.joint_rivals, watch=seen,
+            )  # fmt: skip
         return WholeSequences(config, self._batch, temperature=temperatures, watch=seen)

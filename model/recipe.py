@@ -55,6 +55,7 @@ class TrainSettings:
     joint_copies: int = 0  # sequences of a step that also decode unmixed, see model/joint.py
     joint_weight: float = 0.35  # of the copies' loss
     joint_distill: float = 0.5  # share of the mixed mode's prediction in the copies' target
+    joint_rivals: int | None = None  # members of its group that a copy must beat; None: all the others
     seed: int = 0
     autocast: bool = False
     compile: bool = False
@@ -146,8 +147,14 @@ class TrainSettings:
             )
         if self.joint_copies and (not config.is_mot or config.emit_softmax_over_experts or config.use_discrete_routing):
             raise TrainingError("joint_copies: only for a mot model with one softmax over tokens")
+        if self.joint_copies and config.group_size < 2:
+            raise TrainingError("joint_copies: a copy needs rivals, and group_size is 1")
         if not (0 <= self.joint_weight < float("inf") and 0 <= self.joint_distill <= 1):
             raise TrainingError("joint_weight must not be negative and joint_distill must lie between 0 and 1")
+        if self.joint_rivals is not None and not 1 <= self.joint_rivals < config.group_size:
+            raise TrainingError(
+                f"joint_rivals ({self.joint_rivals}) must lie between 1 and group_size - 1 ({config.group_size - 1})"
+            )
 
     def _check_token_choice(self, config: ModelConfig) -> None:
         for name, value, kinds, least in (
@@ -265,5 +272,5 @@ def _unused(settings: TrainSettings, config: ModelConfig) -> Iterator[tuple[str,
     if settings.optimizer != "muon":
         yield "matrix_rate", f"only with optimizer muon, not {settings.optimizer}"
     if not settings.joint_copies:
-        for name in ("joint_weight", "joint_distill"):
+        for name in ("joint_weight", "joint_distill", "joint_rivals"):
             yield name, "only with joint_copies"

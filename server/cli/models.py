@@ -25,7 +25,8 @@ def calibrate(
     kernels: Annotated[str, typer.Option(help="auto, native or plain.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Record the reference crowd and pick the default private temperature and skip threshold."""
+    """Record the reference crowd, how many of it a token must beat at T = 0, and pick the default private temperature
+    and skip threshold."""
     from model import calibrate as calibration
     from model import reference
     from model.evaluate import open_for_scoring
@@ -38,6 +39,8 @@ def calibrate(
         for tested, perplexity in calibration.best_crowd(opened, opened.encode(data), model, seeds, native):
             bar.update(task, completed=(tested - seed + 1) / crowds / 2)
             print_result({"crowd": tested, "perplexity": perplexity}, as_json=as_json)
+        for rivals, unmixed in calibration.best_rivals(opened, model, native):
+            print_result({"rivals": rivals, **unmixed.as_dict()}, as_json=as_json)
         crowd = reference.load(model, opened.model)
         assert crowd is not None, "the crowd was just written"
         evaluator = opened.evaluator(crowd, native)

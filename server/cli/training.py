@@ -80,6 +80,9 @@ def train(
     joint_distill: Annotated[
         float | None, _option("Share of the mixed mode's prediction in their target.", _PRIVATE)
     ] = None,
+    joint_rivals: Annotated[
+        int | None, _option("Members of its group that a copy must beat to have an expert; default: all.", _PRIVATE)
+    ] = None,
     balance_weight: Annotated[float | None, _option("Of the loss that balances experts.", _ROUTING)] = None,
     capacity_factor: Annotated[
         float | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -15,9 +16,9 @@ from model.transformer import Transformer
 from tests.model.runs import CONFIG, STREAM
 
 
-def _joint_by_hand(model: Transformer, ids: torch.Tensor, copies: int, temperature: float) -> torch.Tensor:
+def _joint_by_hand(model: Transformer, ids: torch.Tensor, copies: int, temperature: float, count: int) -> torch.Tensor:
     """Logits of the copies, token by token: a copy's group is itself alone, and an expert is its own when it beats
-    every rival of the mixed group at that place."""
+    the next ``count`` members of the mixed group at that place."""
     batch, length = ids.shape
     mixed: list[torch.Tensor] = []
 
@@ -30,7 +31,7 @@ def _joint_by_hand(model: Transformer, ids: torch.Tensor, copies: int, temperatu
         size = CONFIG.group_size
         for copy in range(copies):
             first = copy // size * size
-            rivals = [other for other in range(first, first + size) if other != copy]
+            rivals = [first + (copy - first + ahead) % size for ahead in range(1, count + 1)]
             for place in range(length):
                 row = x[copy * length + place]
                 scores = row @ bank.controller
@@ -52,7 +53,8 @@ def _joint_by_hand(model: Transformer, ids: torch.Tensor, copies: int, temperatu
     return model.logits(hidden)
 
 
-def test_joint_copies_decode_as_by_hand() -> None:
+@pytest.mark.parametrize("rivals", [None, 1, 2])
+def test_joint_copies_decode_as_by_hand(rivals: int | None) -> None:
     model = Transformer(CONFIG)
     model.initialize(3)
     with torch.no_grad():
@@ -61,7 +63,7 @@ def test_joint_copies_decode_as_by_hand() -> None:
                 parameter.mul_(5)
     ids = torch.from_numpy(STREAM[: 8 * 10].astype(np.int64)).view(8, 10)
     copies = 3
-    mix = JointSequences(CONFIG, 8, copies, temperature=0.5)
+    mix = JointSequences(CONFIG, 8, copies, temperature=0.5, rivals=rivals)
     both = torch.cat((ids, ids[:copies]))
     with torch.no_grad():
         hidden = model(
@@ -69,7 +71,7 @@ def test_joint_copies_decode_as_by_hand() -> None:
             lambda _, qkv: attend_whole_sequences(qkv, 11, CONFIG.n_head), mix,
         )  # fmt: skip
         found = model.logits(hidden)[8 * 10 :]
-        expected = _joint_by_hand(model, ids, copies, 0.5)
+        expected = _joint_by_hand(model, ids, copies, 0.5, CONFIG.group_size - 1 if rivals is None else rivals)
         plain = model.logits(
             model(
                 ids.reshape(-1),
@@ -95,3 +97,16 @@ def test_the_joint_losses_against_their_definition() -> None:
     hard = -copied.gather(-1, targets[:2, :, None]).mean()
     soft = -(teacher * copied).sum(-1).mean()
     torch.testing.assert_close((loss, private, learnt), (mixed, hard, 0.75 * hard + 0.25 * soft))
+
+
+def test_clear_losers_at_a_low_temperature_leave_numbers() -> None:
+    model = Transformer(CONFIG)
+    model.initialize(0)
+    with torch.no_grad():
+        for bank in model.banks:
+            bank.controller.mul_(100)
+    mix = JointSequences(CONFIG, 8, 4, temperature=0.001)
+    out = mix(0, model.banks[0], torch.randn(12 * 10, CONFIG.n_embd, generator=torch.Generator().manual_seed(0)))
+    out.square().sum().backward()  # type: ignore[no-untyped-call]
+    gradient = model.banks[0].controller.grad
+    assert out.isfinite().all() and gradient is not None and gradient.isfinite().all()

@@ -48,6 +48,8 @@ NAN, INF = float("nan"), float("inf")
         ({"final_temperature": (0.5, 0.2, 0.1)}, "3 values for 2 layers"),
         ({"joint_copies": 9}, "joint_copies"),
         ({"joint_distill": 2.0}, "joint_distill"),
+        ({"joint_rivals": 4}, "joint_rivals"),
+        ({"joint_rivals": 0}, "joint_rivals"),
         ({"optimizer": "sgd"}, "adamw or muon"),
         ({"export_dtype": "int8"}, "bfloat16 or float32"),
         ({"shard_bytes": 0}, "shard_bytes"),
