@@ -65,6 +65,29 @@ def best_crowd(
     record_crowd(opened.model, stream, folder, seed=min(found)[1])
 
 
+def best_rivals(
+    opened: Opened, folder: Path, kernels: Kernels | None, *, most_experts: float | None = None
+) -> Iterator[tuple[int, Evaluation]]:
+    """How many of its members a row at temperature 0 should have to beat, and what it does then; in the end the best
+    number stands in the folder's crowd. Fewer rivals leave a token more experts, and the loss is least
+    somewhere below all. None below all is taken that uses more than ``most_experts`` a token (None: ``2 E / G``)."""
+    crowd = reference.load(folder, opened.model)
+    assert crowd is not None, "recorded before"
+    config = opened.model.config
+    found: list[tuple[float, int]] = []
+    most = config.group_size - 1
+    limit = 2 * config.n_expert / config.group_size if most_experts is None else most_experts
+    for rivals in range(most, 0, -max(1, most // 7)):
+        crowd.rivals = rivals
+        score = opened.evaluator(crowd, kernels).run("private_unmixed", temperature=0, skip_below=0)
+        if found and score.experts_per_token > limit:
+            break
+        found.append((score.perplexity, rivals))
+        yield rivals, score
+    if found:
+        reference.save(crowd.places.flip(2), folder, torch.bfloat16, rivals=min(found)[1])
+
+
 def candidates(evaluator: Evaluator, mixed: Evaluation) -> Iterator[Candidate]:
     """Every pair worth trying; for one temperature, thresholds rise until the loss is clearly too high."""
     for fraction in _FRACTIONS if evaluator.config.temperature else _FRACTIONS[:1]:

@@ -188,8 +188,9 @@ def _check(stored: dict[str, _Stored], model: Transformer, folder: Path) -> None
 def save_model(model: Transformer, folder: Path, *, dtype: torch.dtype, shard_bytes: int | None = None) -> None:
     """Writes ``config.json`` and the weights: one file, or shards and an index where they exceed ``shard_bytes``.
 
-    Everything is written aside and then moved into place, so that a file is the old one or the new one, whole. Weight
-    files of an earlier save in the folder's other form are removed. Raises OSError.
+    Everything is written aside and then moved into place, ``config.json`` last and the old one removed first: whenever
+    the process is killed, the folder holds the old checkpoint, the new one, or none that could be loaded, but no
+    mixture. Weight files of an earlier save in the folder's other form are removed. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name if name == _HEAD else _PREFIX + name: tensor for name, tensor in model.state_dict().items()}
@@ -211,11 +212,12 @@ def save_model(model: Transformer, folder: Path, *, dtype: torch.dtype, shard_by
             }
             (aside / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
             files.append(_INDEX)
+        (folder / "config.json").unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.name in (_SINGLE, _INDEX) or _SHARD.fullmatch(path.name):
+                path.unlink()
         for file in (*files, "config.json"):
             os.replace(aside / file, folder / file)
-    for path in folder.iterdir():
-        if path.name not in files and (path.name in (_SINGLE, _INDEX) or _SHARD.fullmatch(path.name)):
-            path.unlink()
 
 
 def _split(weights: dict[str, Tensor], dtype: torch.dtype, shard_bytes: int | None) -> list[list[str]]:

@@ -88,13 +88,13 @@ class Evaluator:
             raise TrainingError(
                 f"data: {windows.shape[0]} windows are fewer than one group ({self.config.group_size}) needs"
             )
-        self.windows = windows[:full]
+        self.windows = windows[:full].to(model.device)
         self._bytes: int | None = None
         if tokenizer is not None:
             size_of = [len(tokenizer.token_bytes(token)) for token in range(self.config.vocab_size)]
             if self.config.eos_token_id is not None:
                 size_of[self.config.eos_token_id] = 0
-            self._bytes = int(torch.tensor(size_of)[self.windows[:, 1:]].sum())
+            self._bytes = int(torch.tensor(size_of)[windows[:full, 1:].cpu()].sum())
 
     def run(
         self, mode: Mode, *, temperature: float, skip_below: float, progress: Callable[[float], None] | None = None
@@ -122,12 +122,12 @@ class Evaluator:
     def _score(self, batch: Tensor, mode: Mode, temperature: float, skip_below: float) -> tuple[float, float]:
         """Nats of all predicted tokens of ``batch [b, length + 1]``, and experts used summed over tokens."""
         count, length = batch.shape[0], batch.shape[1] - 1
-        positions = torch.arange(length).repeat(count)
+        positions = torch.arange(length, device=batch.device).repeat(count)
         mix: Mix
         if not self.config.is_grouped:
             mix = TokenChoice(self._kernels)
         elif mode in ("private", "private_unmixed"):
-            rows = torch.ones(count * length)
+            rows = torch.ones(count * length, device=batch.device)
             mix = PrivateRows(
                 self.config,
                 self.fill,

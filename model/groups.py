@@ -129,7 +129,7 @@ class PrivateRows:
 
     ``positions``, ``temperatures`` and ``skip_below`` are ``[n]``; ``live [n]`` is False for padding rows, which use no
     expert. Above temperature 0 a row uses the experts whose redistribution weight reaches its threshold; at 0 those
-    whose score it wins against every reference member, alone. Experts run in order, in the kernels row by row or, the
+    whose score it wins against the crowd's ``rivals``, alone. Experts run in order, in the kernels row by row or, the
     plain form, in tiles of constant shape: a row's bits depend on no other row.
     """
 
@@ -169,6 +169,7 @@ class PrivateRows:
         assert self._kernels is not None, "the plain path runs private rows apart"
         out, outputs = self._kernels.private_layer(
             x, bank, None if crowd is None else (crowd.places[layer], crowd.scores[layer]),
+            rivals=0 if crowd is None else crowd.rivals,
             positions=self._positions, temperatures=self._temperatures, skip_below=self._skip_below, live=self._live,
             entropy=self.entropy, used=self.experts_used, mixes=mixes,
         )  # fmt: skip
@@ -188,7 +189,9 @@ class PrivateRows:
         else:
             # The last dimension holds one row's members: this softmax is computed row by row.
             merge = torch.softmax(scores / self._divisor[:, None, None], dim=2)
-        wins = own > scores[:, :, 1:].amax(2) if self._rivals else torch.ones_like(own, dtype=torch.bool)
+        wins = torch.ones_like(own, dtype=torch.bool)
+        if self._rivals and self._fill.crowd is not None:
+            wins = own > scores[:, :, 1 : 1 + self._fill.crowd.rivals].amax(2)
         merge = torch.where(self._unmixed[:, None, None], _first_only(wins, scores.shape[2]), merge)
         self.entropy += mixing_entropy(merge.transpose(1, 2))
         emit = merge[:, :, 0]

@@ -148,12 +148,17 @@ def exact_products(x: Tensor, controller: Tensor) -> Tensor:
         return x.to(dtype) @ controller.to(dtype)
 
 
-def mix_groups(bank: ExpertBank, members: Tensor, temperature: float | Tensor) -> Tensor:
-    """``members [n, G, D]``, n groups of G tokens after the layer norm, to ``[n, G, D]``."""
+def mix_groups(
+    bank: ExpertBank, members: Tensor, temperature: float | Tensor, watch: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """``members [n, G, D]``, n groups of G tokens after the layer norm, to ``[n, G, D]``. ``temperature`` is one for
+    all experts or ``[1 or E]``; ``watch`` is shown the mixing weights ``[n, G, E]``."""
     merge, emit = mixing_weights(
         bank.scores(exact_products(members, bank.controller)), temperature,
         over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated,
     )  # fmt: skip
+    if watch is not None:
+        watch(merge)
     mixes = torch.bmm(merge.transpose(1, 2).to(members.dtype), members)  # [n, E, D]
     outputs = bank.experts(mixes.transpose(0, 1).to(bank.controller.dtype))  # [E, n, D]
     return torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
@@ -169,15 +174,27 @@ def mixing_entropy(merge: Tensor) -> Tensor:
     return entropy / math.log(size)
 
 
+def of_layer(temperature: float | Tensor, layer: int) -> float | Tensor:
+    """One temperature for all layers, or that layer's of ``[layers, 1 or E]``."""
+    return temperature[layer] if isinstance(temperature, Tensor) else temperature
+
+
 class WholeSequences:
     """``mix`` for B whole sequences of equal length: groups are consecutive sequences of the batch at one position.
 
     The last group is filled up to G with zero vectors, as the public Hugging Face ``mot`` model does. ``pad=False``
     does not fill: a batch below G is one smaller group, and ValueError says that a larger one must be a multiple of G.
+    ``temperature`` is one for all or ``[layers, 1 or E]``; ``watch`` is shown every layer's mixing weights.
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, *, temperature: float | Tensor | None = None, pad: bool = True
+        self,
+        config: ModelConfig,
+        batch: int,
+        *,
+        temperature: float | Tensor | None = None,
+        pad: bool = True,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> None:
         if not pad and batch > config.group_size and batch % config.group_size:
             raise ValueError(f"without padding, {batch} sequences are no groups of {config.group_size}")
@@ -185,6 +202,7 @@ class WholeSequences:
         self.batch = batch
         self.temperature = config.temperature if temperature is None else temperature
         self.pad = pad
+        self.watch = watch
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         rows, width = x.shape
@@ -194,5 +212,5 @@ class WholeSequences:
         if full != self.batch:
             x = torch.cat((x, x.new_zeros((full - self.batch) * length, width)))
         groups = x.view(full // size, size, length, width).transpose(1, 2).reshape(-1, size, width)
-        out = mix_groups(bank, groups, self.temperature)
+        out = mix_groups(bank, groups, of_layer(self.temperature, layer), self.watch)
         return out.view(full // size, length, size, width).transpose(1, 2).reshape(-1, width)[:rows]

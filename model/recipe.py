@@ -4,77 +4,157 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from model.config import ModelConfig
 from model.errors import TrainingError
 from model.kinds import flop_matched
+from model.shapes import DEMO, MOT_MEDIUM, PAPER, TINY
+
+OptimizerName = Literal["adamw", "muon"]
+TemperatureMode = Literal["fixed", "scheduled", "learnable"]
+LearnTemperature = Literal["layer", "expert"]
+ExportType = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """One run. Lengths are in tokens; the batch is ``batch`` windows of ``length`` tokens a step.
+    """One run. Lengths are in tokens; a step sees ``batch`` windows of ``length`` tokens.
 
-    The temperature stays at the configuration's until ``anneal_from`` of the steps are done, then falls
-    geometrically to ``final_temperature`` (DESIGN of the layer: a sharper softmax is cheaper to decode privately).
+    ``accumulate``: the batch (with several processes, each one's part) is computed in so many micro-batches whose
+    gradients are averaged. Groups are formed inside a micro-batch; so are the unmixed copies, Switch's capacity and
+    the balance loss. Without those the step is that of the unsplit batch, up to rounding.
+
+    ``temperature_mode`` (MoT only; ``model.temperatures`` has the equations): ``fixed`` at the configuration's;
+    ``scheduled``: so until ``anneal_from`` of the steps are done, then falling geometrically to ``final_temperature``,
+    one for all layers or one a layer (a sharper softmax is cheaper to decode privately); ``learnable``, one a layer or
+    one an expert of each layer, fixed until ``learn_from`` of the steps are done.
     """
 
     steps: int = 3000
     batch: int = 16
     length: int = 256
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: weight matrices by Muon, the rest by AdamW
-    learning_rate: float = 2e-3
+    accumulate: int = 1
+    optimizer: OptimizerName = "adamw"  # muon: weight matrices by Muon, the rest by AdamW
+    learning_rate: float = 2e-3  # the peak
     matrix_rate: float = 2.0  # Muon's rate over AdamW's
-    final_rate_fraction: float = 0.1
-    warmup: int = 100
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    final_temperature: float = 0.1
+    final_rate_fraction: float = 0.1  # of the peak, which the cosine ends at
+    warmup: int = 100  # steps of rising rate
+    weight_decay: float = 0.05  # of matrices
+    clip: float = 1.0  # largest norm of all gradients together
+    temperature_mode: TemperatureMode = "scheduled"
+    final_temperature: float | tuple[float, ...] = 0.1
     anneal_from: float = 0.6
+    learn_temperature: LearnTemperature = "layer"
+    learn_from: float = 0.0
+    temperature_rate: float = 1.0  # rate of a learnt temperature's logarithm over that of AdamW's parameters
     balance_weight: float | None = None  # of token choice's balance loss, summed over layers; None: 0.01
     capacity_factor: float | None = None  # of switch, see model/token_choice.py; None: 1.25
     joint_copies: int = 0  # sequences of a step that also decode unmixed, see model/joint.py
     joint_weight: float = 0.35  # of the copies' loss
     joint_distill: float = 0.5  # share of the mixed mode's prediction in the copies' target
+    joint_rivals: int | None = None  # members of its group that a copy must beat; None: all the others
     seed: int = 0
-    save_every: int = 200
     autocast: bool = False
     compile: bool = False
+    save_every: int = 200
+    eval_every: int = 200  # steps between evaluations, where there is held-out text
+    eval_windows: int = 96  # of that text, rounded up to full groups
+    export_dtype: ExportType = "bfloat16"  # of the checkpoint's weights
+    shard_bytes: int | None = None  # largest file of the checkpoint's weights; None: one file
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises TrainingError naming the setting and the reason."""
-        for name in ("steps", "batch", "length", "save_every"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.length > config.n_positions:
-            raise TrainingError(f"length ({self.length}) exceeds the model's n_positions ({config.n_positions})")
-        if config.is_grouped and self.batch % config.group_size:
-            raise TrainingError(
-                f"batch ({self.batch}) must be a multiple of group_size ({config.group_size}): "
-                "a group is filled with sequences of the batch"
-            )
-        for name in ("learning_rate", "matrix_rate", "clip"):
+    def check(self, config: ModelConfig, processes: int = 1) -> None:
+        """Raises TrainingError naming the setting and the reason. ``processes`` train together."""
+        self._check_types()
+        self._check_batch(config, processes)
+        for name in ("learning_rate", "matrix_rate", "clip", "temperature_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise TrainingError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.optimizer not in ("adamw", "muon"):
-            raise TrainingError(f"optimizer must be adamw or muon, not {self.optimizer}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise TrainingError(f"weight_decay must not be negative, not {self.weight_decay}")
         if not 0 <= self.warmup <= self.steps:
             raise TrainingError(f"warmup ({self.warmup}) must lie between 0 and steps ({self.steps})")
-        if not 0 <= self.anneal_from <= 1:
-            raise TrainingError(f"anneal_from ({self.anneal_from}) must lie between 0 and 1")
-        if not 0 <= self.joint_copies <= self.batch:
-            raise TrainingError(f"joint_copies ({self.joint_copies}) must lie between 0 and batch ({self.batch})")
-        if self.joint_copies and (not config.is_mot or config.emit_softmax_over_experts or config.use_discrete_routing):
-            raise TrainingError("joint_copies: only for a mot model with one softmax over tokens")
-        if not (0 <= self.joint_weight < float("inf") and 0 <= self.joint_distill <= 1):
-            raise TrainingError("joint_weight must not be negative and joint_distill must lie between 0 and 1")
-        if config.is_mot and not 0 < self.final_temperature <= config.temperature:
+        for name in ("anneal_from", "learn_from", "final_rate_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise TrainingError(f"{name} ({getattr(self, name)}) must lie between 0 and 1")
+        if self.seed < 0:
+            raise TrainingError(f"seed must not be negative, not {self.seed}")
+        self._check_temperature(config)
+        self._check_joint(config, processes)
+        self._check_token_choice(config)
+
+    def _check_types(self) -> None:
+        for name, choices in (
+            ("optimizer", OptimizerName),
+            ("temperature_mode", TemperatureMode),
+            ("learn_temperature", LearnTemperature),
+            ("export_dtype", ExportType),
+        ):
+            if getattr(self, name) not in get_args(choices):
+                raise TrainingError(f"{name} must be {' or '.join(get_args(choices))}, not {getattr(self, name)!r}")
+        counts = ("steps", "batch", "length", "accumulate", "save_every", "eval_every", "eval_windows", "shard_bytes")
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TrainingError(f"{name} must be at least 1, not {value}")
+
+    def _check_batch(self, config: ModelConfig, processes: int) -> None:
+        if self.length > config.n_positions:
+            raise TrainingError(f"length ({self.length}) exceeds the model's n_positions ({config.n_positions})")
+        parts = processes * self.accumulate
+        if self.batch % parts:
+            raise TrainingError(
+                f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate}) times the number of "
+                f"processes ({processes})"
+            )
+        if config.is_grouped and self.batch % (parts * config.group_size):
+            times = f" times accumulate ({self.accumulate}) times processes ({processes})" if parts > 1 else ""
+            raise TrainingError(
+                f"batch ({self.batch}) must be a multiple of group_size ({config.group_size}){times}: "
+                f"a group is filled with sequences of the {'micro-' if parts > 1 else ''}batch"
+            )
+
+    def _check_temperature(self, config: ModelConfig) -> None:
+        if not config.is_mot:
+            return  # there is none to choose
+        if config.temperature == 0:
+            raise TrainingError("temperature: a mot model at temperature 0 has no gradient for its controllers")
+        if self.temperature_mode == "learnable":
+            if config.emit_softmax_over_experts or config.use_discrete_routing:
+                raise TrainingError(
+                    "temperature_mode: learnable only for a mot model with one softmax over tokens, not with "
+                    "emit_softmax_over_experts or use_discrete_routing"
+                )
+            return
+        finals = self.final_temperatures(config.n_layer)
+        if len(finals) != config.n_layer:
+            raise TrainingError(f"final_temperature: {len(finals)} values for {config.n_layer} layers")
+        if self.temperature_mode == "scheduled" and not all(0 < final <= config.temperature for final in finals):
             raise TrainingError(
                 f"final_temperature ({self.final_temperature}) must lie above 0 and not above the starting "
                 f"temperature ({config.temperature})"
             )
-        self._check_token_choice(config)
+
+    def _check_joint(self, config: ModelConfig, processes: int) -> None:
+        if not 0 <= self.joint_copies <= self.batch:
+            raise TrainingError(f"joint_copies ({self.joint_copies}) must lie between 0 and batch ({self.batch})")
+        if self.joint_copies % (processes * self.accumulate):
+            raise TrainingError(
+                f"joint_copies ({self.joint_copies}) must be a multiple of accumulate ({self.accumulate}) times the "
+                f"number of processes ({processes})"
+            )
+        if self.joint_copies and (not config.is_mot or config.emit_softmax_over_experts or config.use_discrete_routing):
+            raise TrainingError("joint_copies: only for a mot model with one softmax over tokens")
+        if self.joint_copies and config.group_size < 2:
+            raise TrainingError("joint_copies: a copy needs rivals, and group_size is 1")
+        if not (0 <= self.joint_weight < float("inf") and 0 <= self.joint_distill <= 1):
+            raise TrainingError("joint_weight must not be negative and joint_distill must lie between 0 and 1")
+        if self.joint_rivals is not None and not 1 <= self.joint_rivals < config.group_size:
+            raise TrainingError(
+                f"joint_rivals ({self.joint_rivals}) must lie between 1 and group_size - 1 ({config.group_size - 1})"
+            )
 
     def _check_token_choice(self, config: ModelConfig) -> None:
         for name, value, kinds, least in (
@@ -102,46 +182,95 @@ class TrainSettings:
         floor = self.final_rate_fraction
         return self.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
-    def temperature(self, step: int, start: float) -> float:
+    def final_temperatures(self, layers: int) -> tuple[float, ...]:
+        """One a layer."""
+        final = self.final_temperature
+        return final if isinstance(final, tuple) else (final,) * layers
+
+    def temperatures(self, step: int, start: float, layers: int) -> tuple[float, ...]:
+        """Each layer's at a step counted from 0, before what is learnt."""
         done = (step / self.steps - self.anneal_from) / max(1e-9, 1 - self.anneal_from)
-        if done <= 0 or self.anneal_from >= 1:
-            return start
-        return float(
-            start * (self.final_temperature / start) ** min(1.0, done * 1.1)
-        )  # the last tenth stays at the end
+        if self.temperature_mode != "scheduled" or done <= 0 or self.anneal_from >= 1:
+            return (start,) * layers
+        share = min(1.0, done * 1.1)  # the last tenth stays at the end
+        return tuple(start * (final / start) ** share for final in self.final_temperatures(layers))
+
+    def learns_temperature(self, step: int) -> bool:
+        return self.temperature_mode == "learnable" and step >= self.learn_from * self.steps
 
 
-def preset_named(name: str, changes: dict[str, Any], *, feed_forward: str = "mot") -> tuple[ModelConfig, TrainSettings]:
-    """A model and how to train it, with some settings changed. ``demo`` is the bundled checkpoint's recipe: 16 times
-    the feed-forward parameters of the dense model with the same FLOPs; ``tiny`` is done in seconds. ``feed_forward``
-    puts another kind of layer in, at equal FLOPs (see ``kinds.flop_matched``). Raises TrainingError for another
-    name and for a change that the kind has no use for."""
-    if name == "demo":
-        config = ModelConfig(
-            vocab_size=4096,
-            n_positions=256,
-            n_embd=256,
-            n_layer=4,
-            n_head=8,
-            group_size=16,
-            n_expert=64,
-            expert_size=72,
-        )
-        settings = TrainSettings(
+_PRESETS: dict[str, tuple[ModelConfig, TrainSettings]] = {
+    "tiny": (TINY, TrainSettings(steps=50, batch=8, length=64, warmup=10, save_every=25)),
+    "demo": (
+        DEMO,
+        TrainSettings(
             steps=1900, optimizer="muon", learning_rate=3e-3, matrix_rate=1.5, warmup=60, final_rate_fraction=0.03,
             save_every=100, compile=True,
-        )  # fmt: skip
-    elif name == "tiny":
-        config = ModelConfig(
-            vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=4, group_size=4, n_expert=8, expert_size=32
-        )
-        settings = TrainSettings(steps=50, batch=8, length=64, warmup=10, save_every=25)
-    else:
-        raise TrainingError(f"preset must be demo or tiny, not {name!r}")
-    config = flop_matched(config, feed_forward)
-    if "final_temperature" in changes and not config.is_mot:
-        raise TrainingError(f"final_temperature: a {feed_forward} model has no temperature to anneal")
+        ),
+    ),
+    "paper": (
+        PAPER,
+        TrainSettings(
+            steps=250_000, batch=256, accumulate=8, warmup=2500, temperature_mode="fixed", save_every=1000,
+            eval_every=1000, autocast=True, compile=True,
+        ),
+    ),
+    "mot-medium": (
+        MOT_MEDIUM,
+        TrainSettings(
+            steps=250_000, batch=256, accumulate=8, learning_rate=1e-3, warmup=2500, save_every=1000, eval_every=1000,
+            autocast=True, compile=True, shard_bytes=2 * 10**9,
+        ),
+    ),
+}  # fmt: skip
+PRESETS = tuple(_PRESETS)
+_DENSE_PAPER_RATE = 4e-3
+
+
+def preset_named(
+    name: str, changes: dict[str, Any], *, feed_forward: str = "mot", start: ModelConfig | None = None
+) -> tuple[ModelConfig, TrainSettings]:
+    """A model and how to train it, with some settings changed.
+
+    - ``tiny`` is done in seconds.
+    - ``demo`` is the bundled checkpoint's recipe.
+    - ``paper``: the small model of Antoniak et al. (arXiv 2310.15961), at their peak rates: 2e-3 for MoT, 4e-3 for
+      dense.
+    - ``mot-medium``: the published checkpoint's shape. Its rate is ours, not the authors'.
+
+    ``feed_forward`` puts another kind of layer in, at equal FLOPs (see ``kinds.flop_matched``); ``start``: the
+    configuration of a checkpoint that training begins with, which then takes the preset's place. Raises TrainingError
+    for another name and for a change that nothing would use.
+    """
+    if name not in _PRESETS:
+        raise TrainingError(f"preset must be one of {', '.join(_PRESETS)}, not {name!r}")
+    config, settings = _PRESETS[name]
+    config = flop_matched(config, feed_forward) if start is None else start
+    if name == "paper" and feed_forward == "dense":
+        settings = dataclasses.replace(settings, learning_rate=_DENSE_PAPER_RATE)
     if config.is_token_choice:
         settings = dataclasses.replace(settings, compile=False)  # little is gained where rows are sorted by data
     settings = dataclasses.replace(settings, **changes)
+    for setting, reason in _unused(settings, config):
+        if setting in changes:
+            raise TrainingError(f"{setting}: {reason}")
     return config, dataclasses.replace(settings, warmup=min(settings.warmup, settings.steps))
+
+
+def _unused(settings: TrainSettings, config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Settings that would have no effect, each with the reason."""
+    scheduled, learnt = ("final_temperature", "anneal_from"), ("learn_temperature", "learn_from", "temperature_rate")
+    if not config.is_mot:
+        for name in ("temperature_mode", *scheduled, *learnt):
+            yield name, f"a {config.model_type} model has no temperature to change"
+    if settings.temperature_mode != "scheduled":
+        for name in scheduled:
+            yield name, f"only with temperature_mode scheduled, not {settings.temperature_mode}"
+    if settings.temperature_mode != "learnable":
+        for name in learnt:
+            yield name, f"only with temperature_mode learnable, not {settings.temperature_mode}"
+    if settings.optimizer != "muon":
+        yield "matrix_rate", f"only with optimizer muon, not {settings.optimizer}"
+    if not settings.joint_copies:
+        for name in ("joint_weight", "joint_distill", "joint_rivals"):
+            yield name, "only with joint_copies"

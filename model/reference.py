@@ -31,10 +31,16 @@ class ReferenceCrowd:
 
     Members are kept in reverse: member j stands at place G-1-j, so that a group whose first k places are live has the
     first G-k members in the rest, whatever k is.
+
+    ``rivals``: a row at temperature 0 has an expert when it beats those at places 1 to ``rivals``; None: all G-1. The
+    fewer, the more experts it has, and at some number it decodes best (``calibrate.best_rivals``).
     """
 
-    def __init__(self, activations: Tensor, banks: list[ExpertBank], *, fingerprint: str | None) -> None:
+    def __init__(
+        self, activations: Tensor, banks: list[ExpertBank], *, fingerprint: str | None, rivals: int | None = None
+    ) -> None:
         self.places = activations.flip(2).contiguous()
+        self.rivals = self.places.shape[2] - 1 if rivals is None else rivals
         self.scores = torch.stack(
             [
                 bank.scores(exact_products(layer, bank.controller)).transpose(1, 2)
@@ -85,8 +91,10 @@ def record(model: Transformer, ids: Tensor) -> Tensor:
     return torch.stack(seen)
 
 
-def save(activations: Tensor, folder: Path, dtype: torch.dtype) -> None:
-    save_file({TENSOR: activations.to(dtype).contiguous()}, folder / FILE, metadata={"format": "pt"})
+def save(activations: Tensor, folder: Path, dtype: torch.dtype, *, rivals: int | None = None) -> None:
+    """``rivals`` None: all members but one, as for ``ReferenceCrowd``."""
+    metadata = {"format": "pt"} if rivals is None else {"format": "pt", "rivals": str(rivals)}
+    save_file({TENSOR: activations.to(dtype).contiguous()}, folder / FILE, metadata=metadata)
     shutil.copymode(folder / "config.json", folder / FILE)  # safetensors writes for the owner alone
 
 
@@ -101,9 +109,20 @@ def load(folder: Path, model: Transformer) -> ReferenceCrowd | None:
     try:
         with safe_open(path, framework="pt") as file:
             activations = file.get_tensor(TENSOR)
+            stored = (file.metadata() or {}).get("rivals")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     if tuple(activations.shape) != expected:
         raise CheckpointError(f"{path}: {TENSOR} has shape {tuple(activations.shape)}, expected {expected}")
-    return ReferenceCrowd(activations.to(model.device, model.dtype), model.banks, fingerprint=digest)
+    return ReferenceCrowd(
+        activations.to(model.device, model.dtype), model.banks, fingerprint=digest, rivals=_rivals(stored, config, path)
+    )
+
+
+def _rivals(stored: str | None, config: ModelConfig, path: Path) -> int | None:
+    if stored is None:
+        return None
+    if not stored.isdecimal() or not 1 <= int(stored) < config.group_size:
+        raise CheckpointError(f"{path}: rivals must be a number from 1 to {config.group_size - 1}, not {stored!r}")
+    return int(stored)

@@ -59,7 +59,7 @@ class _PrivateLayer(ctypes.Structure):
     """Mirrors ``PrivateLayer`` in kernels.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "D", "E", "S", "places", "members")),
+        *((name, ctypes.c_int64) for name in ("n", "D", "E", "S", "places", "members", "rivals")),
         *((name, ctypes.c_int32) for name in ("activation", "over_experts", "discrete", "gated", "weights", "half")),
         *(
             (name, ctypes.c_void_p)
@@ -174,13 +174,13 @@ class Kernels:
         return out
 
     def private_layer(
-        self, x: Tensor, bank: ExpertBank, crowd: tuple[Tensor, Tensor] | None, *, positions: Tensor,
+        self, x: Tensor, bank: ExpertBank, crowd: tuple[Tensor, Tensor] | None, *, rivals: int, positions: Tensor,
         temperatures: Tensor, skip_below: Tensor, live: Tensor, entropy: Tensor, used: Tensor, mixes: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One MoT or (``gated``) Expert Choice layer for private rows ``x [n, D]``; ``groups.PrivateRows`` is its plain
-        twin. ``crowd``: one layer's ``[P, G, D]`` and float32 scores ``[P, E, G]``. Adds to ``entropy`` and ``used
-        [n]``; float32 ``[n, D]``. Beside them ``bank`` for ``mixes [E, groups, D]``, groups may be 0, while the weights
-        are at hand."""
+        twin. ``crowd``: one layer's ``[P, G, D]`` and float32 scores ``[P, E, G]``; a row at temperature 0 must beat
+        those at places 1 to ``rivals``. Adds to ``entropy`` and ``used [n]``; float32 ``[n, D]``. Beside them ``bank``
+        for ``mixes [E, groups, D]``, groups may be 0, while the weights are at hand."""
         x = x.float().contiguous()
         mixes = mixes.float().contiguous()
         outputs = torch.empty_like(mixes)
@@ -194,7 +194,7 @@ class Kernels:
         layer = _PrivateLayer(
             n=x.shape[0], D=x.shape[1], E=bank.lin1.shape[0], S=bank.lin1.shape[2],
             places=members.shape[0] if crowd is not None else 1,
-            members=members.shape[1] if crowd is not None else 0,
+            members=members.shape[1] if crowd is not None else 0, rivals=rivals,
             activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
             gated=bank.gated, weights=_TYPES[bank.lin1.dtype], half=_half(members),
             x=x.data_ptr(), own=own.data_ptr(), crowd=members.data_ptr(), crowd_scores=scores.data_ptr(),

@@ -451,6 +451,7 @@ extern "C" {
 struct PrivateLayer {
     int64_t n, D, E, S;
     int64_t places, members;  // of the crowd: positions it has, members of a group; 0 members: no crowd
+    int64_t rivals;           // members, from the second on, that a row at temperature 0 must beat
     int32_t activation, over_experts, discrete, gated;
     int32_t weights, half;  // type of the experts; whether the crowd is bfloat16
     const float* x;            // [n, D]
@@ -499,10 +500,11 @@ void add_up(const std::vector<Pair>& pairs, const std::vector<float>& answers, f
 
 // Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
 float mixing_weights(const PrivateLayer& l, long row, const float* scores, float* merge, float* emit) {
-    const long rivals = l.members > 0 ? l.members - 1 : 0, size = rivals + 1;
+    const long others = l.members > 0 ? l.members - 1 : 0, size = others + 1;
     const float T = l.temperatures[row];
     const float* own = l.own + row * l.E;
     const bool unmixed = T == 0;
+    const long rivals = unmixed ? std::min<long>(l.rivals, others) : others;
     double spent = 0;
     for (long e = 0; e < l.E; ++e) {
         float* m = merge + e * size;

@@ -6,26 +6,16 @@ import torch
 
 from model.config import ModelConfig
 from model.groups import Fill
+from model.kinds import flop_matched
 from model.reference import ReferenceCrowd
+from model.shapes import DEMO, MOT_MEDIUM, PAPER
 from model.transformer import Transformer
 
 SHAPES: dict[str, ModelConfig] = {
-    # The bundled checkpoint.
-    "demo": ModelConfig(
-        vocab_size=4096, n_positions=256, n_embd=256, n_layer=4, n_head=8, group_size=16, n_expert=64, expert_size=72,
-        temperature=0.1,
-    ),
-    # The paper's small model: 32 times the feed-forward parameters of the dense one (512 * 64 / 32 = 4 * 256).
-    "paper": ModelConfig(
-        vocab_size=32000, n_positions=256, n_embd=256, n_layer=4, n_head=4, group_size=32, n_expert=512, expert_size=64
-    ),
-    "paper-dense": ModelConfig(
-        model_type="gpt2", vocab_size=32000, n_positions=256, n_embd=256, n_layer=4, n_head=4
-    ),
-    # The published checkpoint jaszczur/mixture_of_tokens.
-    "mot-medium": ModelConfig(
-        vocab_size=50257, n_positions=256, n_embd=512, n_layer=8, n_head=8, group_size=32, n_expert=256, expert_size=256
-    ),
+    "demo": DEMO.replace(temperature=0.1),
+    "paper": PAPER,
+    "paper-dense": flop_matched(PAPER, "dense"),
+    "mot-medium": MOT_MEDIUM,
     "gpt2-small": ModelConfig(
         model_type="gpt2", vocab_size=8192, n_positions=512, n_embd=512, n_layer=8, n_head=8
     ),

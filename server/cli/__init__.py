@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import typer
 
-from server.cli import bench, bench_grouping, checks, models, serving
+from server.cli import bench, bench_grouping, checks, experiment, models, serving, training
 
 app = typer.Typer(name="motserve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for part in (serving, models, checks, bench):
+for part in (serving, training, models, experiment, checks, bench):
     app.add_typer(part.app)
 bench.bench.command("grouping")(bench_grouping.grouping)
 

@@ -1,9 +1,7 @@
-"""Commands that make and judge checkpoints: train, calibrate, eval."""
+"""Commands that judge checkpoints: calibrate, eval."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,70 +10,6 @@ import typer
 from server.cli.terminal import JsonOption, ModelOption, print_result, progress, told
 
 app = typer.Typer()
-
-
-@app.command()
-def train(
-    out: Annotated[Path, typer.Argument(help="The run's folder; an unfinished run there is resumed.")],
-    data: Annotated[list[Path], typer.Option("--data", help="Text file, plain or .xz; may be repeated.")],
-    preset: Annotated[
-        str, typer.Option(help="demo: the bundled checkpoint's recipe; tiny: seconds, for a try.")
-    ] = "demo",
-    feed_forward: Annotated[
-        str | None,
-        typer.Option(
-            help="dense, mot, switch, top-k or expert-choice: the preset's model with such layers at equal FLOPs a "
-            "token. [mot]"
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows a step; a multiple of the group size.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    final_temperature: Annotated[float | None, typer.Option(help="mot: annealed to in the last part.")] = None,
-    balance_weight: Annotated[
-        float | None, typer.Option(help="switch, top-k: of the loss that balances experts. [0.01]")
-    ] = None,
-    capacity_factor: Annotated[
-        float | None, typer.Option(help="switch: tokens an expert takes over an even share, in training. [1.25]")
-    ] = None,
-    joint_copies: Annotated[
-        int | None, typer.Option(help="Sequences of a step that are also trained to decode unmixed (T = 0).")
-    ] = None,
-    joint_weight: Annotated[float | None, typer.Option(help="Weight of their loss.")] = None,
-    joint_distill: Annotated[
-        float | None, typer.Option(help="Share of the mixed mode's prediction in their target.")
-    ] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps of rising learning rate.")] = None,
-    start_from: Annotated[Path | None, typer.Option(help="Begin with this checkpoint, not a preset's model.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between states.")] = None,
-    autocast: Annotated[bool | None, typer.Option(help="bfloat16 autocast, for machines that compute in it.")] = None,
-    compile: Annotated[bool | None, typer.Option(help="torch.compile; needs a C++ compiler.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Train a model from text files."""
-    changes = {
-        name: value
-        for name, value in locals().items()
-        if name not in ("out", "data", "preset", "feed_forward", "start_from", "as_json") and value is not None
-    }
-    from model.recipe import preset_named
-    from model.train import Trainer
-
-    with told(), progress("training") as (bar, task):
-        if feed_forward is not None and start_from is not None:
-            raise ValueError("feed_forward: start_from's checkpoint has its own")
-        config, settings = preset_named(preset, changes, feed_forward=feed_forward or "mot")
-        out.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer.prepare(config, settings, data, out, start=start_from)
-        if trainer.resume():
-            print(f"resumed at step {trainer.step}", file=sys.stderr)
-        for step in trainer.run():
-            note = f"loss {step.loss:.3f}  T {step.temperature:.3f}  {step.tokens_per_second:.0f} tokens/s"
-            bar.update(task, completed=step.step / step.steps, note=note)
-            if as_json:
-                print(json.dumps(step.as_dict()), flush=True)
 
 
 @app.command()
@@ -91,7 +25,8 @@ def calibrate(
     kernels: Annotated[str, typer.Option(help="auto, native or plain.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Record the reference crowd and pick the default private temperature and skip threshold."""
+    """Record the reference crowd, how many of it a token must beat at T = 0, and pick the default private temperature
+    and skip threshold."""
     from model import calibrate as calibration
     from model import reference
     from model.evaluate import open_for_scoring
@@ -104,6 +39,8 @@ def calibrate(
         for tested, perplexity in calibration.best_crowd(opened, opened.encode(data), model, seeds, native):
             bar.update(task, completed=(tested - seed + 1) / crowds / 2)
             print_result({"crowd": tested, "perplexity": perplexity}, as_json=as_json)
+        for rivals, unmixed in calibration.best_rivals(opened, model, native):
+            print_result({"rivals": rivals, **unmixed.as_dict()}, as_json=as_json)
         crowd = reference.load(model, opened.model)
         assert crowd is not None, "the crowd was just written"
         evaluator = opened.evaluator(crowd, native)

@@ -38,14 +38,14 @@ def told() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[tuple[Progress, TaskID]]:
+def progress(label: str, *, shown: bool = True) -> Iterator[tuple[Progress, TaskID]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}% {task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         yield bar, bar.add_task(label, total=1.0, note="")
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch import Tensor
 
 from model.checkpoint import load_model, save_model
 from model.config import ModelConfig
+from model.errors import CheckpointError
 from model.transformer import Transformer
 from tests.model.checkpoints import DENSE, INDEX, MOT, WEIGHTS, Edit, edit, edit_config, make
 
@@ -82,6 +87,46 @@ def test_a_save_replaces_the_other_form_and_nothing_else(tmp_path: Path) -> None
     assert (tmp_path / "tokenizer.json").exists()
     counts = {path.name[-18:] for path in tmp_path.glob("model-*-of-*")}
     assert len(counts) == 1, "shards of an earlier save are gone"
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, 500), (500, None), (500, 501), (None, None)])
+def test_a_save_that_is_killed_leaves_no_mixture(
+    before: int | None, after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before any of its changes to the folder."""
+    first, second = make(), make(MOT.replace(temperature=0.5))
+    second.initialize(seed=2)
+    left = 0
+
+    def counted(change: Callable[..., None]) -> Callable[..., None]:
+        def counting(*arguments: Any, **more: Any) -> None:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            change(*arguments, **more)
+
+        return counting
+
+    found = set()
+    for changes in range(60):
+        folder = tmp_path / str(changes)
+        save_model(first, folder, dtype=torch.float32, shard_bytes=before)
+        with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            left = changes
+            patched.setattr(os, "replace", counted(os.replace))
+            patched.setattr(Path, "unlink", counted(Path.unlink))
+            save_model(second, folder, dtype=torch.float32, shard_bytes=after)
+        try:
+            loaded = load_model(folder)
+        except CheckpointError as error:
+            assert "config.json: not found" in str(error)
+            found.add("none")
+            continue
+        wanted = second if loaded.config.temperature == 0.5 else first
+        assert same(wanted, loaded)
+        found.add("new" if wanted is second else "old")
+    assert found == {"old", "none", "new"}
 
 
 def test_whoever_may_read_one_file_may_read_all(sharded: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from model import calibrate, reference
 from model.checkpoint import save_model
@@ -205,3 +206,30 @@ def test_kernels_judge_as_the_plain_path_does(mode: Mode, folder: Path) -> None:
     )
     assert math.isclose(plain.perplexity, native.perplexity, rel_tol=1e-5)
     assert math.isclose(plain.experts_per_token, native.experts_per_token, rel_tol=1e-2)
+
+
+def test_the_best_number_of_rivals_stays(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    opened = open_for_scoring(copy, copy / "text.txt", windows=8)
+    before = reference.load(copy, opened.model)
+    assert before is not None and before.rivals == 3
+    few = dict(calibrate.best_rivals(opened, copy, None, most_experts=0.1))
+    assert list(few) == [3]  # all of them, when even those leave too many
+    found = dict(calibrate.best_rivals(opened, copy, None, most_experts=6))
+    kept = reference.load(copy, opened.model)
+    assert list(found) == [3, 2, 1] and kept is not None and torch.equal(kept.places, before.places)
+    assert kept.rivals == min(found, key=lambda rivals: found[rivals].perplexity)
+    assert opened.evaluator(kept).run("private_unmixed", temperature=0, skip_below=0) == found[kept.rivals]
+    # Whoever has fewer to beat has more experts.
+    assert found[3].experts_per_token < found[2].experts_per_token < found[1].experts_per_token
+
+
+@pytest.mark.parametrize("rivals", ["0", "4", "many"])
+def test_an_impossible_number_of_rivals_is_refused(rivals: str, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    model = open_for_scoring(copy, copy / "text.txt", windows=4).model
+    crowd = reference.load(copy, model)
+    assert crowd is not None
+    save_file({reference.TENSOR: crowd.places.flip(2).contiguous()}, copy / reference.FILE, metadata={"rivals": rivals})
+    with pytest.raises(CheckpointError, match="rivals"):
+        reference.load(copy, model)

@@ -133,6 +133,7 @@ def test_attend(kernels: Kernels, rows: int, heads: int, size: int, dtype: torch
 @given(
     rows=st.integers(1, 12),
     group=st.integers(1, 5),
+    rivals=st.integers(1, 4),
     fill=st.sampled_from(["reference", "zeros", "none"]),
     over_experts=st.booleans(),
     discrete=st.booleans(),
@@ -143,6 +144,7 @@ def test_private_layer(
     kernels: Kernels,
     rows: int,
     group: int,
+    rivals: int,
     fill: str,
     over_experts: bool,
     discrete: bool,
@@ -167,7 +169,7 @@ def test_private_layer(
         native.to(dtype)
         bank.to(dtype).float()
     activations = _random(1, 6, group, 18, seed=seed + 1).to(dtype)
-    crowd = ReferenceCrowd(activations.float(), [bank], fingerprint=None)
+    crowd = ReferenceCrowd(activations.float(), [bank], fingerprint=None, rivals=min(rivals, group - 1))
     chosen = Fill.build(fill, config, [bank], crowd)  # type: ignore[arg-type]
     about = {
         "positions": torch.arange(rows) % 6,
@@ -188,7 +190,7 @@ def test_private_layer(
         used.zero_()
         out, outputs = kernels.private_layer(
             x[only], native, layer, **{name: value[only].contiguous() for name, value in about.items()},
-            entropy=entropy, used=used, mixes=groups,
+            rivals=0 if chosen.crowd is None else chosen.crowd.rivals, entropy=entropy, used=used, mixes=groups,
         )  # fmt: skip
         assert torch.equal(outputs, kernels.bank(groups, native))
         return out

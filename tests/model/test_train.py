@@ -1,13 +1,10 @@
-"""Training: exact resume, killed runs, schedules, and both objectives against their plain forms."""
+"""Training: exact resume, killed runs, accumulation, evaluation as it goes, and what is logged."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,62 +12,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 
-from model.attention import attend_whole_sequences
 from model.checkpoint import load_model
-from model.config import ModelConfig
 from model.errors import TrainingError
-from model.joint import JointSequences, joint_loss
-from model.mixing import WholeSequences
-from model.optimizer import Muon
-from model.recipe import TrainSettings, preset_named
+from model.evaluate import Evaluator
+from model.groups import Fill
+from model.mixing import ExpertBank, WholeSequences, exact_products, mixing_entropy, mixing_weights
+from model.recipe import preset_named
+from model.tokenizer import Tokenizer
 from model.train import Trainer
-from model.transformer import Transformer
+from tests.model.runs import CONFIG, SETTINGS, STREAM, TEXT, make_trainer, read_log, train_command, weights
 
-CONFIG = ModelConfig(
-    vocab_size=60, n_positions=16, n_embd=16, n_layer=2, n_head=2, group_size=4, n_expert=6, expert_size=8
-)
-SETTINGS = TrainSettings(steps=8, batch=8, length=16, warmup=2, learning_rate=1e-2, save_every=4, anneal_from=0.5)
-STREAM = np.random.default_rng(0).integers(0, 60, 2000).astype(np.uint16)
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon": {"optimizer": "muon"},
     "joint": {"joint_copies": 3, "optimizer": "muon"},
+    "accumulate": {"accumulate": 2, "joint_copies": 2},
+    "learnable": {"temperature_mode": "learnable", "learn_temperature": "expert", "learn_from": 0.3},
+    "learnable-muon": {"temperature_mode": "learnable", "optimizer": "muon", "accumulate": 2},
 }
-
-
-def _trainer(folder: Path, **changes: Any) -> Trainer:
-    folder.mkdir(exist_ok=True)
-    return Trainer(CONFIG, dataclasses.replace(SETTINGS, **changes), STREAM, folder)
-
-
-def _log(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
-
-
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_model(folder, dtype=torch.float32).state_dict()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stopped_after", [4, 6])  # at a saved state, and beyond one
 def test_a_resumed_run_is_the_same_to_the_last_digit(kind: str, stopped_after: int, tmp_path: Path) -> None:
-    whole = _trainer(tmp_path / "whole", **KINDS[kind])
+    whole = make_trainer(tmp_path / "whole", **KINDS[kind])
     assert len(list(whole.run())) == 8
-    first = _trainer(tmp_path / "parts", **KINDS[kind])
+    first = make_trainer(tmp_path / "parts", **KINDS[kind])
     steps = first.run()
     for _ in range(stopped_after):
         next(steps)
     steps.close()
-    second = _trainer(tmp_path / "parts", **KINDS[kind])
+    second = make_trainer(tmp_path / "parts", **KINDS[kind])
     assert second.resume() and second.step == 4
     assert len(list(second.run())) == 4
-    assert _log(tmp_path / "parts") == _log(tmp_path / "whole")
-    parts, expected = _weights(tmp_path / "parts"), _weights(tmp_path / "whole")
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+    parts, expected = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(parts[name], expected[name]) for name in expected)
 
 
@@ -83,59 +60,162 @@ def test_training_learns_and_anneals(tmp_path: Path) -> None:
 
 
 def test_another_runs_state_is_refused(tmp_path: Path) -> None:
-    list(_trainer(tmp_path).run())
-    with pytest.raises(TrainingError, match="another learning_rate"):
-        _trainer(tmp_path, learning_rate=1.0).resume()
+    list(make_trainer(tmp_path).run())
+    with pytest.raises(TrainingError, match="another learning_rate, temperature_mode;"):
+        make_trainer(tmp_path, learning_rate=1.0, temperature_mode="fixed").resume()
+    assert make_trainer(tmp_path, save_every=3, export_dtype="bfloat16", shard_bytes=100).resume()
+
+
+def test_a_state_of_an_older_version_is_resumed(tmp_path: Path) -> None:
+    """One that names none of the later settings, and no temperatures."""
+    steps = make_trainer(tmp_path, anneal_from=0.6).run()
+    expected = [next(steps).loss for _ in range(5)][4:]
+    steps.close()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name in ("accumulate", "temperature_mode", "learn_temperature", "learn_from", "temperature_rate", "eval_every"):
+        del state["settings"][name]
+    del state["temperatures"], state["config"]["n_shared_expert"]
+    torch.save(state, tmp_path / "state.pt")
+    again = make_trainer(tmp_path, anneal_from=0.6)
+    assert again.resume() and again.step == 4
+    assert [next(again.run()).loss] == expected
 
 
 def test_half_a_log_line_is_cut(tmp_path: Path) -> None:
-    trainer = _trainer(tmp_path)
+    trainer = make_trainer(tmp_path)
     list(trainer.run())
     log = tmp_path / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 9, "los')
-    again = _trainer(tmp_path)
+    again = make_trainer(tmp_path)
     assert again.resume()
     assert list(again.run()) == []
-    assert len(_log(tmp_path)) == 8
+    assert len(read_log(tmp_path)) == 8
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"temperature_mode": "learnable", "learn_temperature": "expert"}, {"optimizer": "muon", "batch": 24}],
+)
+def test_micro_batches_add_up_to_the_batch(changes: dict[str, Any], tmp_path: Path) -> None:
+    found = {}
+    for accumulate in (1, 2):
+        trainer = make_trainer(tmp_path, **changes, accumulate=accumulate)
+        figures, _ = trainer._gradients()
+        found[accumulate] = (figures, [parameter.grad for parameter in trainer._parameters()])
+    torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=1e-7)
+    assert all(gradient.any() for gradient in found[1][1])
+
+
+def test_micro_batches_learn_what_the_batch_learns(tmp_path: Path) -> None:
+    whole = [step.loss for step in make_trainer(tmp_path / "whole").run()]
+    split = [step.loss for step in make_trainer(tmp_path / "split", accumulate=2).run()]
+    assert split == pytest.approx(whole, rel=1e-4)
+
+
+def test_joint_runs_report_both_losses_apart(tmp_path: Path) -> None:
+    joint, plain = make_trainer(tmp_path, joint_copies=4, joint_distill=0.0), make_trainer(tmp_path)
+    found, alone = joint.train_step(), plain.train_step()
+    assert found.loss == pytest.approx(alone.loss, rel=1e-6)  # mixed cross-entropy: copies have no part in it
+    assert found.private_loss is not None and found.private_loss != pytest.approx(found.loss, rel=1e-3)
+    assert found.joint_loss == pytest.approx(found.loss + SETTINGS.joint_weight * found.private_loss, rel=1e-5)
+    assert alone.joint_loss is None and alone.private_loss is None
+    assert found.gradient_norm > 0 and found.balance == 0
+
+
+def test_the_mixing_entropy_is_that_of_the_steps_weights(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, accumulate=2, optimizer="muon")
+    with torch.no_grad():
+        for bank in trainer.model.banks:
+            bank.controller.mul_(50)
+    seen: list[float] = []
+    batch = WholeSequences(CONFIG, 8)
+
+    def mix(layer: int, bank: ExpertBank, x: torch.Tensor) -> torch.Tensor:
+        scores = exact_products(x, bank.controller).view(2, 4, 16, -1).transpose(1, 2).flatten(0, 1)  # [32, G, E]
+        merge, _ = mixing_weights(scores, 1.0, over_experts=False, discrete=False)
+        seen.append(float(mixing_entropy(merge).mean()))
+        return batch(layer, bank, x)
+
+    ids = trainer.sampler.batch(0)[:, :-1]
+    from model.attention import attend_whole_sequences
+
+    with torch.no_grad():
+        trainer.model(
+            ids.reshape(-1), torch.arange(16).repeat(8), lambda _, qkv: attend_whole_sequences(qkv, 8, 2), mix
+        )
+    found = trainer.train_step().mixing_entropy
+    assert found == pytest.approx(sum(seen) / 2, rel=1e-5) and found is not None and found < 0.95
+    dense = make_trainer(tmp_path, CONFIG.replace(model_type="gpt2"))
+    assert dense.train_step().mixing_entropy is None
+
+
+@pytest.mark.parametrize("mode", ["scheduled", "learnable"])
+def test_evaluation_is_that_of_the_checkpoint(mode: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    config, settings = preset_named("tiny", {
+        "steps": 5, "eval_every": 2, "eval_windows": 6, "temperature_mode": mode, "export_dtype": "float32",
+    })  # fmt: skip
+    trainer = Trainer.prepare(config, settings, [text], tmp_path, validation=text)
+    assert trainer.validation is not None and len(trainer.validation.windows) == 8  # full groups
+    list(trainer.run())
+    logged = {line["step"]: line["validation_perplexity"] for line in read_log(tmp_path)}
+    assert [step for step, value in logged.items() if value is not None] == [2, 4, 5]
+    model, tokenizer = load_model(tmp_path), Tokenizer.load(tmp_path)
+    evaluator = Evaluator(model, trainer.validation.windows, Fill("none", None), tokenizer)
+    found = evaluator.run("mixed", temperature=0, skip_below=0)
+    assert found.perplexity == pytest.approx(logged[5], rel=1e-5) != logged[2]
+    assert found.bits_per_byte == pytest.approx(read_log(tmp_path)[-1]["validation_bits_per_byte"], rel=1e-5)
+
+
+def test_too_little_held_out_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "short.txt").write_text(TEXT[:500])
+    config, settings = preset_named("tiny", {})
+    with pytest.raises(TrainingError, match="validation"):
+        Trainer.prepare(config, settings, [tmp_path / "text.txt"], tmp_path, validation=tmp_path / "short.txt")
+
+
+def test_the_checkpoint_is_written_in_shards(tmp_path: Path) -> None:
+    list(make_trainer(tmp_path / "one").run())
+    list(make_trainer(tmp_path / "many", shard_bytes=3000).run())
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
+    many, one = weights(tmp_path / "many"), weights(tmp_path / "one")
+    assert many.keys() == one.keys() and all(torch.equal(many[name], one[name]) for name in one)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        (
+            "--accumulate", "2", "--optimizer", "muon", "--temperature-mode", "learnable", "--learn-temperature",
+            "expert", "--learn-from", "0.2", "--joint-copies", "2",
+        ),
+    ],
+)  # fmt: skip
+def test_a_killed_run_goes_on_from_its_last_state(flags: tuple[str, ...], tmp_path: Path) -> None:
     """kill -9 at many moments; what comes out in the end is what an undisturbed run makes."""
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The {n} boats went out at {n * 7 % 11} and came home." for n in range(900)))
-
-    def command(folder: Path) -> list[str]:
-        arguments = [
-            "train",
-            str(folder),
-            "--data",
-            str(text),
-            "--preset",
-            "tiny",
-            "--steps",
-            "30",
-            "--save-every",
-            "1",
-        ]
-        return [sys.executable, "-c", "from server.cli import main; main()", *arguments]
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    text.write_text(TEXT)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    subprocess.run(train_command(whole, text, *flags), check=True, capture_output=True)
     kills = 0
     for delay in (0.1, 0.3, 0.05, 0.7, 0.2, 0.45):
-        process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
-        before = _states(tmp_path / "killed")
-        while process.poll() is None and _states(tmp_path / "killed") == before:
+        process = subprocess.Popen(train_command(killed, text, *flags), stderr=subprocess.DEVNULL)
+        before = _states(killed)
+        while process.poll() is None and _states(killed) == before:
             time.sleep(0.01)  # the first new state is there: training has begun
         time.sleep(delay)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
     assert kills >= 3
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True)
-    killed, whole = _weights(tmp_path / "killed"), _weights(tmp_path / "whole")
-    assert all(torch.equal(killed[name], whole[name]) for name in whole)
-    assert _log(tmp_path / "killed") == _log(tmp_path / "whole")
+    subprocess.run(train_command(killed, text, *flags), check=True, capture_output=True)
+    found, expected = weights(killed), weights(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert read_log(killed) == read_log(whole)
 
 
 def _states(folder: Path) -> int:
@@ -143,136 +223,17 @@ def _states(folder: Path) -> int:
     return state.stat().st_mtime_ns if state.exists() else 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"batch": 6}, "group_size"),
-        ({"length": 17}, "n_positions"),
-        ({"steps": 0}, "steps"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"warmup": 9}, "warmup"),
-        ({"anneal_from": 1.5}, "anneal_from"),
-        ({"final_temperature": 2.0}, "final_temperature"),
-        ({"joint_copies": 9}, "joint_copies"),
-        ({"joint_distill": 2.0}, "joint_distill"),
-        ({"optimizer": "sgd"}, "optimizer"),
-        ({"save_every": 0}, "save_every"),
-    ],
-)
-def test_wrong_settings_are_refused_with_the_reason(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=named):
-        _trainer(tmp_path, **changes)
+@pytest.mark.cuda
+@pytest.mark.parametrize("changes", [{}, {"joint_copies": 4, "temperature_mode": "learnable"}, {"compile": True}])
+def test_cuda_learns_what_the_cpu_learns(changes: dict[str, Any], tmp_path: Path) -> None:
+    from model.workers import Workers, resolve_device
 
-
-def test_presets() -> None:
-    assert preset_named("tiny", {"steps": 5})[1].steps == 5
-    with pytest.raises(TrainingError, match="preset"):
-        preset_named("huge", {})
-
-
-@given(st.integers(1, 500), st.integers(0, 100), st.floats(0, 1), st.floats(0.01, 1))
-def test_schedules(steps: int, warmup: int, anneal_from: float, final: float) -> None:
-    settings = TrainSettings(
-        steps=steps, warmup=min(warmup, steps), anneal_from=anneal_from, final_temperature=final, batch=4, length=8
-    )
-    rates = [settings.rate(step) for step in range(steps)]
-    temperatures = [settings.temperature(step, 1.0) for step in range(steps + 1)]
-    assert all(0 < rate <= settings.learning_rate * (1 + 1e-9) for rate in rates)
-    after = rates[settings.warmup :]
-    assert all(one >= other for one, other in itertools.pairwise(after))
-    assert all(one >= other for one, other in itertools.pairwise(temperatures))
-    assert temperatures[0] == 1.0 and all(final * (1 - 1e-9) <= t <= 1 for t in temperatures)
-    if anneal_from < 0.999:
-        assert temperatures[-1] == pytest.approx(final)
-
-
-def _joint_by_hand(model: Transformer, ids: torch.Tensor, copies: int, temperature: float) -> torch.Tensor:
-    """Logits of the copies, token by token: a copy's group is itself alone, and an expert is its own when it beats
-    every rival of the mixed group at that place."""
-    batch, length = ids.shape
-    mixed: list[torch.Tensor] = []
-
-    def record(layer: int, bank: Any, x: torch.Tensor) -> torch.Tensor:
-        mixed.append(x)
-        return WholeSequences(CONFIG, batch, temperature=temperature)(layer, bank, x)
-
-    def unmixed(layer: int, bank: Any, x: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        size = CONFIG.group_size
-        for copy in range(copies):
-            first = copy // size * size
-            rivals = [other for other in range(first, first + size) if other != copy]
-            for place in range(length):
-                row = x[copy * length + place]
-                scores = row @ bank.controller
-                others = torch.stack([mixed[layer][other * length + place] @ bank.controller for other in rivals])
-                for expert in (scores > others.amax(0)).nonzero().flatten().tolist():
-                    hidden = bank.activation(row @ bank.lin1[expert])
-                    out[copy * length + place] += hidden @ bank.lin2[expert]
-        return out
-
-    positions = torch.arange(length)
-    model(
-        ids.reshape(-1), positions.repeat(batch),
-        lambda _, qkv: attend_whole_sequences(qkv, batch, CONFIG.n_head), record,
-    )  # fmt: skip
-    hidden = model(
-        ids[:copies].reshape(-1), positions.repeat(copies),
-        lambda _, qkv: attend_whole_sequences(qkv, copies, CONFIG.n_head), unmixed,
-    )  # fmt: skip
-    return model.logits(hidden)
-
-
-def test_joint_copies_decode_as_by_hand() -> None:
-    model = Transformer(CONFIG)
-    model.initialize(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    ids = torch.from_numpy(STREAM[: 8 * 10].astype(np.int64)).view(8, 10)
-    copies = 3
-    mix = JointSequences(CONFIG, 8, copies, temperature=0.5)
-    both = torch.cat((ids, ids[:copies]))
-    with torch.no_grad():
-        hidden = model(
-            both.reshape(-1), torch.arange(10).repeat(11),
-            lambda _, qkv: attend_whole_sequences(qkv, 11, CONFIG.n_head), mix,
-        )  # fmt: skip
-        found = model.logits(hidden)[8 * 10 :]
-        expected = _joint_by_hand(model, ids, copies, 0.5)
-        plain = model.logits(
-            model(
-                ids.reshape(-1),
-                torch.arange(10).repeat(8),
-                lambda _, qkv: attend_whole_sequences(qkv, 8, CONFIG.n_head),
-                WholeSequences(CONFIG, 8, temperature=0.5),
-            )
-        )
-        together = model.logits(hidden)[: 8 * 10]
-    torch.testing.assert_close(together, plain, atol=1e-4, rtol=1e-4)
-    same = (found - expected).abs().amax(1) < 1e-4
-    assert same.float().mean() > 0.9  # the weakest of very many wins of one expert are dropped
-
-
-def test_the_joint_loss_against_its_definition() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 7, 11, generator=generator)  # 3 mixed, 2 copies of the first two
-    targets = torch.randint(0, 11, (3, 7), generator=generator)
-    found = joint_loss(logits, targets, 2, weight=0.4, distill=0.25)
-    mixed = F.cross_entropy(logits[:3].reshape(-1, 11), targets.reshape(-1))
-    copied = logits[3:].log_softmax(-1)
-    teacher = logits[:2].softmax(-1)
-    hard = -copied.gather(-1, targets[:2, :, None]).mean()
-    soft = -(teacher * copied).sum(-1).mean()
-    torch.testing.assert_close(found, mixed + 0.4 * (0.75 * hard + 0.25 * soft))
-
-
-def test_muon_steps_by_nearly_orthogonal_matrices() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(6, 10))
-    parameter.grad = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
-    Muon([parameter], lr=0.1, weight_decay=0.0).step()
-    singular = torch.linalg.svdvals(parameter.detach())
-    assert singular.max() / singular.min() < 2  # of the gradient itself it is much more
-    assert torch.linalg.svdvals(parameter.grad).max() / torch.linalg.svdvals(parameter.grad).min() > 2
+    settings = dataclasses.replace(SETTINGS, **changes)
+    losses = {}
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        folder.mkdir()
+        trainer = Trainer(CONFIG, settings, STREAM, folder, workers=Workers(device=resolve_device(device)))
+        losses[device] = [step.loss for step in trainer.run()]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+    assert make_trainer(tmp_path / "cuda", **changes).resume()  # what CUDA saved goes on on the CPU

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -11,8 +12,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from model.checkpoint import load_model
+from model.config import ModelConfig
+from model.recipe import TrainSettings
 from server.auth import hash_of, read_keys
-from server.cli import app, serving
+from server.cli import app, serving, training
 from server.config import Settings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mot-tiny"
@@ -71,6 +74,12 @@ def test_training_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> No
     assert load_model(tmp_path / "more").config.temperature == pytest.approx(0.05)
 
 
+def test_a_setting_that_the_checkpoint_has_no_use_for_is_refused(tmp_path: Path) -> None:
+    ModelConfig(model_type="gpt2").save(tmp_path)
+    found = invoke("train", tmp_path / "run", "--data", "a", "--start-from", tmp_path, "--temperature-mode", "fixed")
+    assert found.exit_code == 2 and "temperature_mode: a gpt2 model" in found.stderr
+
+
 @pytest.mark.parametrize("kind", ["dense", "mot", "switch", "top-k", "expert-choice"])
 def test_every_kind_is_trained_evaluated_and_generates(kind: str, trained: Path, tmp_path: Path) -> None:
     text, out = trained / "text.txt", tmp_path / "out"
@@ -119,6 +128,11 @@ def test_key(tmp_path: Path) -> None:
         (("train", "/dev/null/run", "--data", "a", "--feed-forward", "mot", "--start-from", "b"), "feed_forward"),
         (("train", "/dev/null/run", "--data", "a", "--feed-forward", "top-k", "--final-temperature", 0.5),
          "final_temperature"),
+        (("train", "/dev/null/run", "--data", "a", "--final-temperature", "0.5,warm"), "final_temperature"),
+        (("train", "/dev/null/run", "--data", "a", "--shard-size", "2 apples"), "2 apples"),
+        (("train", "/dev/null/run", "--data", "a", "--device", "tpu"), "device"),
+        (("train", "/dev/null/run", "--data", "a", "--eval-every", 5), "eval_every"),
+        (("train", "/dev/null/run", "--data", "a", "--learn-from", 0.5), "learn_from"),
         (("eval", "--data", "/nowhere.txt"), "nowhere"),
         (("eval", "--data", "/nowhere.txt", "--mode", "sideways"), "sideways"),
         (("calibrate", "/nowhere", "--data", "a", "--validation", "b"), "nowhere"),
@@ -135,3 +149,24 @@ def test_a_mistake_is_told_in_one_line(arguments: tuple[object, ...], named: str
 def test_every_setting_is_a_flag() -> None:
     flags = set(inspect.signature(serving.serve).parameters) - {"config"}
     assert flags == set(Settings.model_fields)
+
+
+def test_every_setting_of_training_is_a_flag() -> None:
+    flags = set(inspect.signature(training.train).parameters)
+    others = {"out", "data", "preset", "feed_forward", "start_from", "validation", "device", "as_json", "shard_size"}
+    assert flags - others == {field.name for field in dataclasses.fields(TrainSettings)} - {"shard_bytes"}
+
+
+def test_flags_of_training(trained: Path, tmp_path: Path) -> None:
+    text = trained / "text.txt"
+    found = invoke(
+        "train", tmp_path / "run", "--data", text, "--preset", "tiny", "--steps", 4, "--final-temperature", "0.2,0.05",
+        "--accumulate", 2, "--shard-size", "50kB", "--export-dtype", "float32", "--device", "cpu",
+        "--validation", text, "--eval-every", 3, "--eval-windows", 4, "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    steps = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [step["validation_bits_per_byte"] is not None for step in steps] == [False, False, True, True]
+    assert steps[-1]["temperature_min"] < steps[-1]["temperature"] < steps[-1]["temperature_max"]
+    assert (tmp_path / "run" / "model.safetensors.index.json").exists()
+    assert load_model(tmp_path / "run").config.temperature == pytest.approx(0.1)  # the geometric mean

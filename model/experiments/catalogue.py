@@ -1,0 +1,60 @@
+"""Every run of the suite, by what it is for. Experiments ask here, so that the same run is the same everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from model.experiments.runs import Run
+from model.experiments.scales import Scale
+from model.kinds import flop_matched
+
+
+class Catalogue:
+    def __init__(self, scale: Scale) -> None:
+        self._scale = scale
+
+    def kind(self, kind: str, seed: int = 0, *, share: float = 1.0) -> Run:
+        """The scale's model with that kind of feed-forward layer; ``share`` of the steps, with a schedule of its own.
+        MoT is annealed at the end, as the trainer does by default."""
+        scale = self._scale
+        settings = dataclasses.replace(
+            scale.settings,
+            seed=seed,
+            learning_rate=scale.rates.get(kind, scale.settings.learning_rate),
+            steps=round(scale.settings.steps * share),
+        )
+        name = f"{kind}-{seed}" if share == 1 else f"{kind}-{seed}-{share:g}"
+        return Run(name, flop_matched(scale.config, kind), settings)
+
+    def tempered(self, name: str, **temperature: Any) -> Run:
+        """MoT, seed 0, with another treatment of the temperature (settings of ``temperature_mode`` and its kin)."""
+        return self.kind("mot").but(name, **temperature)
+
+    def unannealed(self) -> Run:
+        return self.tempered("mot-fixed", temperature_mode="fixed")
+
+    def transitions(self) -> dict[str, Run]:
+        """Ways to go on from the annealed MoT run so that it can decode unmixed, and the control that just goes on."""
+        layers = self._scale.config.n_layer
+        some = self._scale.settings.batch // 4
+        sharp = {"temperature_mode": "scheduled", "anneal_from": 0.0, "final_temperature": 0.01}
+        ways: dict[str, dict[str, Any]] = {
+            "control": {},
+            "anneal to 0.01": sharp,
+            "anneal by layer": {**sharp, "final_temperature": (0.05,) + (0.01,) * (layers - 1)},
+            "joint": {"joint_copies": some},
+        }
+        return {name: self._transition(name, changes) for name, changes in ways.items()}
+
+    def _transition(self, name: str, changes: dict[str, Any]) -> Run:
+        """The temperature stays as it ended unless ``changes`` say otherwise."""
+        start = self.kind("mot")
+        settings = dataclasses.replace(
+            start.settings,
+            seed=1000,  # other data than the start has seen
+            steps=self._scale.transition_steps,
+            learning_rate=start.settings.learning_rate * self._scale.transition_rate,
+        )
+        settings = dataclasses.replace(settings, **{"temperature_mode": "fixed", **changes})
+        return Run(name.replace(" ", "-"), start.config, settings, start)

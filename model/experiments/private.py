@@ -1,0 +1,78 @@
+"""(f): private decoding at temperatures from 1 to 0, before and after annealing, and after transition tuning.
+
+Transition tuning goes on from an annealed checkpoint for a fraction of its steps so that T = 0 works: an expert is
+used exactly when a token beats the whole reference crowd. The control goes on for as long without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model.calibrate import TOLERANCE, Candidate, choose
+from model.experiments.catalogue import Catalogue
+from model.experiments.suite import Suite, Trained
+
+_TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
+_SKIPS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+_SKIP_BELOW = 0.01  # of the curves over temperature
+_FRACTIONS = (1.0, 0.7)
+_MIXING_MAY_LOSE = 1.01  # perplexity of mixing over the control's, at most
+CONTROL = "control"
+
+
+def private_temperature(suite: Suite) -> dict[str, Any]:
+    """Perplexity over mixing and experts a token at each temperature, and a table of the ways to tune."""
+    catalogue = Catalogue(suite.scale)
+    checkpoints = {"fixed": catalogue.unannealed(), "annealed": catalogue.kind("mot")} | catalogue.transitions()
+    trained = {name: suite.train(run) for name, run in checkpoints.items()}
+    control = trained[CONTROL].score("mixed").perplexity
+    ways = [_way(name, found, control) for name, found in trained.items()]
+    fair = [way for way in ways if way["steps"] and way["mixed_over_control"] <= _MIXING_MAY_LOSE]
+    best = min(fair, key=lambda way: way["unmixed"]["perplexity"])["checkpoint"]
+    rows = [row for name in ("fixed", "annealed", CONTROL, best) for row in _by_temperature(name, trained[name])]
+    return {"rows": rows, "summary": {"ways": ways, "best": best, "experts": suite.scale.config.n_expert,
+                                      "group_size": suite.scale.config.group_size}}  # fmt: skip
+
+
+def _way(name: str, trained: Trained, control: float) -> dict[str, Any]:
+    mixed, unmixed = trained.score("mixed").perplexity, trained.score("private_unmixed")
+    pair = _pair(trained, mixed)
+    return {
+        "checkpoint": name,
+        "steps": trained.run.settings.steps if trained.run.start else 0,  # beyond the annealed checkpoint
+        "mixed": mixed,
+        "mixed_over_control": mixed / control,
+        "unmixed": {
+            "perplexity": unmixed.perplexity,
+            "over_mixed": unmixed.perplexity / mixed,
+            "over_control": unmixed.perplexity / control,
+            "experts_per_token": unmixed.experts_per_token,
+        },
+        "pair": vars(pair),
+    }
+
+
+def _pair(trained: Trained, mixed: float) -> Candidate:
+    """The default pair that calibration would choose."""
+    tried = []
+    for fraction in _FRACTIONS:
+        temperature = round(trained.config.temperature * fraction, 6)
+        for skip_below in _SKIPS:
+            found = trained.score("private", temperature=temperature, skip_below=skip_below)
+            tried.append(Candidate(temperature, skip_below, found.perplexity / mixed, found.experts_per_token))
+            if tried[-1].ratio > 2 * TOLERANCE - 1:
+                break
+    return choose(tried)
+
+
+def _by_temperature(name: str, trained: Trained) -> list[dict[str, Any]]:
+    mixed = trained.score("mixed").perplexity
+    rows = []
+    for temperature in _TEMPERATURES:
+        skip_below = _SKIP_BELOW if temperature else 0.0
+        found = trained.score("private", temperature=temperature, skip_below=skip_below)
+        rows.append(
+            {"checkpoint": name, "temperature": temperature, "skip_below": skip_below,
+             "over_mixed": found.perplexity / mixed, "experts_per_token": found.experts_per_token}
+        )  # fmt: skip
+    return rows

@@ -1,0 +1,56 @@
+"""How large the experiments are: one small model, how each kind is trained, and how much text judges it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from model.config import ModelConfig
+from model.errors import TrainingError
+from model.recipe import TrainSettings
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``config`` is the MoT model from which the others are FLOP-matched. ``rates``: peak learning rates, tuned by
+    kind, because what suits one kind is no fair choice for another; kinds not named take the settings'."""
+
+    name: str
+    config: ModelConfig
+    settings: TrainSettings
+    transition_steps: int  # of a run that goes on from a finished one
+    transition_rate: float  # its peak learning rate over that of the run that it goes on from
+    windows: int  # of validation text, a multiple of four groups
+    curve_every: int  # steps between points of a validation curve
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+def scale_named(name: str) -> Scale:
+    """``small``: what docs/results.md shows, a minute or two a run on two cores; ``tiny``: seconds for all, for a
+    try. Raises TrainingError for another name."""
+    if name == "small":
+        return Scale(
+            name,
+            ModelConfig(
+                vocab_size=1024, n_positions=64, n_embd=96, n_layer=3, n_head=4,
+                group_size=16, n_expert=64, expert_size=96,
+            ),
+            TrainSettings(steps=800, batch=32, length=64, warmup=50, learning_rate=4e-3, save_every=100),
+            transition_steps=240,
+            transition_rate=0.5,
+            windows=256,
+            curve_every=25,
+        )  # fmt: skip
+    if name == "tiny":
+        return Scale(
+            name,
+            ModelConfig(
+                vocab_size=300, n_positions=16, n_embd=16, n_layer=2, n_head=2,
+                group_size=4, n_expert=8, expert_size=8,
+            ),
+            TrainSettings(steps=12, batch=8, length=16, warmup=2, learning_rate=4e-3, save_every=5),
+            transition_steps=6,
+            transition_rate=0.5,
+            windows=16,
+            curve_every=4,
+        )  # fmt: skip
+    raise TrainingError(f"scale must be small or tiny, not {name!r}")
