@@ -85,7 +85,7 @@ def best_rivals(
         found.append((score.perplexity, rivals))
         yield rivals, score
     if found:
-        reference.save(crowd.places.flip(2), folder, torch.bfloat16, rivals=min(found)[1])
+        reference.set_rivals(folder, min(found)[1])
 
 
 def candidates(evaluator: Evaluator, mixed: Evaluation) -> Iterator[Candidate]:
