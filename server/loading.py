@@ -199,5 +199,6 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
     max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_grouped else 1)
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss_at(config.temperature))
     swap_blocks = settings.swap_memory // block_bytes
-    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks)
+    cohort = config.group_size if config.is_grouped else 1  # those who do not mix need not wait for each other
+    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks, cohort)
     return Engine(runner, policy, limits, tokenizer, blocks=blocks, align_wait=settings.max_align_wait / 1000)

@@ -63,7 +63,7 @@ class Batch:
 
     def wanted_rows(self) -> tuple[list[tuple[Chunk, int]], Tensor]:
         """The chunks whose last so many rows need logits, and those rows."""
-        wanted = [(chunk, wanted_of(chunk)) for chunk in self.chunks if wanted_of(chunk)]
+        wanted = [(chunk, count) for chunk in self.chunks if (count := wanted_of(chunk))]
         rows = [self.starts[chunk] + chunk.length - count + i for chunk, count in wanted for i in range(count)]
         return wanted, self.numbers(rows)
 

@@ -41,6 +41,22 @@ class StepLogits:
     prompts: tuple[tuple[Chunk, Tensor], ...]
 
 
+Wanted = list[tuple[Chunk, int]]  # chunks with rows of logits, and how many
+
+
+def _of_step(wanted: Wanted, logits: Tensor) -> StepLogits:
+    """``logits`` of the wanted rows, one chunk's after the other's, as a step hands them on."""
+    scored: list[tuple[Chunk, Tensor]] = []
+    sampling, end = [], 0
+    for chunk, count in wanted:
+        end += count
+        if chunk.scores_prompt:
+            scored.append((chunk, logits[end - count : end]))
+        if chunk.samples:
+            sampling.append(end - 1)
+    return StepLogits(logits if len(sampling) == end else logits[sampling], tuple(scored))
+
+
 class ModelRunner:
     """``kernels`` None: the plain path."""
 
@@ -59,13 +75,13 @@ class ModelRunner:
         """Compute the plan's rows, write their keys and values, add to their sequences' mixing tallies."""
         self._prepare_blocks(plan)
         if self.kernels is not None:
-            found = self._single_pass(plan, groups, self.kernels)
+            wanted, logits = self._single_pass(plan, groups, self.kernels)
         else:
             found = self._passes(plan, groups)
-        last = [found[chunk][-1] for chunk in plan.sampling]
-        sampling = torch.stack(last) if last else torch.empty(0, self.config.vocab_size)
-        scored = tuple((chunk, found[chunk]) for chunk in plan.chunks if chunk.scores_prompt)
-        return StepLogits(sampling, scored)
+            wanted = [(chunk, found[chunk].shape[0]) for chunk in plan.chunks if chunk in found]
+            parts = [found[chunk] for chunk, _ in wanted]
+            logits = torch.cat(parts) if parts else torch.empty(0, self.config.vocab_size)
+        return _of_step(wanted, logits)
 
     def _prepare_blocks(self, plan: Plan) -> None:
         for swap in plan.swap_out:
@@ -78,16 +94,18 @@ class ModelRunner:
 
     # All rows at once, by the kernels
 
-    def _single_pass(self, plan: Plan, groups: tuple[Group, ...], kernels: Kernels) -> dict[Chunk, Tensor]:
+    def _single_pass(self, plan: Plan, groups: tuple[Group, ...], kernels: Kernels) -> tuple[Wanted, Tensor]:
         """Public rows first. Public prompts attend together, all other rows one by one."""
         batch = self._batch(plan.chunks)
         if not batch.rows:
-            return {}
+            return [], torch.empty(0, self.config.vocab_size)
         prompts = [chunk for chunk in plan.public if not chunk.decodes]
         alone = [chunk for chunk in plan.public if chunk.decodes] + list(plan.private)
         single: SingleRows | None = None
         if alone:
-            tables = batch.tables(alone).repeat_interleave(batch.numbers([c.length for c in alone]), 0)
+            tables = batch.tables(alone)
+            if len(alone) < sum(chunk.length for chunk in alone):
+                tables = tables.repeat_interleave(batch.numbers([c.length for c in alone]), 0)
             lengths = batch.numbers([end for c in alone for end in range(c.start + 1, c.end + 1)])
             single = SingleRows(kernels, batch.rows_of(alone), tables, lengths)
         attention = PagedAttention(self.cache, self.config, batch.slots(), batch.prompt_segments(prompts), single)
@@ -103,9 +121,9 @@ class ModelRunner:
         self._tally_private(plan.private, private)
         wanted, rows = batch.wanted_rows()
         public = sum(count for chunk, count in wanted if not chunk.sequence.private)
-        logits = self.model.logits(hidden[rows], NativeArithmetic(kernels, shared=public))
-        parts = torch.split(logits, [count for _, count in wanted])
-        return {chunk: part for (chunk, _), part in zip(wanted, parts, strict=True)}
+        if len(rows) < batch.rows:
+            hidden = hidden[rows]
+        return wanted, self.model.logits(hidden, NativeArithmetic(kernels, shared=public))
 
     # Public rows
 

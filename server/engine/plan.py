@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from server.engine.request import Sequence
 
@@ -56,11 +57,11 @@ class Plan:
     swap_drop: tuple[int, ...] = ()  # sequences whose copies are not needed any more
     reused_tokens: int = 0  # of prompts, found in the prefix cache
 
-    @property
+    @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         return self.public + self.private
 
-    @property
+    @cached_property
     def sampling(self) -> tuple[Chunk, ...]:
         return tuple(chunk for chunk in self.chunks if chunk.samples)
 

@@ -32,14 +32,15 @@ class Results:
 
     def update(self, plan: Plan, logits: StepLogits, tokens: list[SampledToken]) -> Iterator[tuple[Sequence, Delta]]:
         """Append ``tokens`` (one for each of ``plan.sampling``), finish what ended, and say what is new."""
-        sampled = dict(zip(plan.sampling, tokens, strict=True))
+        assert len(plan.sampling) == len(tokens), "a token for each chunk that samples"
+        sampled = iter(tokens)
         self._scheduler.advance(plan)
         for chunk, rows in logits.prompts:
             chunk.sequence.prompt_logprobs.extend(self._sampler.score_prompt(chunk, rows))
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            if chunk in sampled:
-                yield sequence, self._append(sequence, sampled[chunk])
+            if chunk.samples:
+                yield sequence, self._append(sequence, next(sampled))
             elif sequence.sampling.max_tokens == 0 and not sequence.prefilling:
                 yield sequence, self._delta(sequence, reason="length")
 

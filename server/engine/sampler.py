@@ -30,6 +30,7 @@ class Sampler:
 
     def __init__(self, end_of_text: int | None, kernels: Kernels | None = None) -> None:
         self._end_of_text, self._kernels = end_of_text, kernels
+        self._columns: _Columns | None = None
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, chunks: tuple[Chunk, ...]) -> list[SampledToken]:
@@ -37,21 +38,23 @@ class Sampler:
         if not chunks:
             return []
         sequences = [chunk.sequence for chunk in chunks]
-        adjusted = logits.contiguous() if not any(map(_adjusts, sequences)) else logits.clone()
-        for row, sequence in enumerate(sequences):
-            if _adjusts(sequence):
-                self._adjust(adjusted[row], sequence)
+        if self._columns is None or self._columns.sequences != sequences:  # they rarely change from step to step
+            self._columns = _Columns.of(sequences)
+        columns = self._columns
+        changed = [row for row in columns.may_adjust if _adjusts(sequences[row])]
+        adjusted = logits.clone() if changed else logits.contiguous()
+        for row in changed:
+            self._adjust(adjusted[row], sequences[row])
         if self._kernels is not None:
-            ids = _native_draw(self._kernels, adjusted, sequences)
+            ids = columns.draw(self._kernels, adjusted)
         else:
             tokens = _first_maximum(adjusted)
             drawn = [i for i, s in enumerate(sequences) if _draws(s)]
             if drawn:
                 tokens[drawn] = _draw(adjusted[drawn], [sequences[i] for i in drawn])
             ids = tokens.tolist()
-        wanted = {i: s.sampling.logprobs for i, s in enumerate(sequences) if s.sampling.logprobs is not None}
-        rows = list(wanted)
-        scored = self.score(logits[rows], [ids[i] for i in rows], list(wanted.values())) if rows else []
+        rows = list(columns.scored)
+        scored = self.score(logits[rows], [ids[i] for i in rows], list(columns.scored.values())) if rows else []
         found = dict(zip(rows, scored, strict=True))
         return [SampledToken(token, found.get(i)) for i, token in enumerate(ids)]
 
@@ -118,18 +121,42 @@ def _draws(sequence: Sequence) -> bool:
     return sequence.sampling.temperature >= _GREEDY_BELOW
 
 
-def _native_draw(kernels: Kernels, logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """One token a row by the compiled kernel."""
-    params = [sequence.sampling for sequence in sequences]
-    tokens: list[int] = kernels.draw(
-        logits,
-        temperature=torch.tensor([s.sampling.temperature if _draws(s) else 0.0 for s in sequences]),
-        top_k=torch.tensor([p.top_k for p in params]),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
-        uniform=torch.tensor([s.random.random() if _draws(s) else 0.0 for s in sequences], dtype=torch.float64),
-    ).tolist()
-    return tokens
+@dataclass(frozen=True)
+class _Columns:
+    """What the parameters of ``sequences`` say, row by row: the same at every step."""
+
+    sequences: list[Sequence]
+    may_adjust: list[int]  # rows whose logits are changed, now or at another step
+    scored: dict[int, int]  # rows that want log probabilities, and of how many alternatives
+    drawn: list[bool]
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+    @classmethod
+    def of(cls, sequences: list[Sequence]) -> _Columns:
+        params, drawn = [s.sampling for s in sequences], [_draws(s) for s in sequences]
+        temperatures = [p.temperature if draws else 0.0 for p, draws in zip(params, drawn, strict=True)]
+        return cls(
+            sequences,
+            [row for row, s in enumerate(sequences) if _adjusts(s) or s.sampling.min_tokens],
+            {row: p.logprobs for row, p in enumerate(params) if p.logprobs is not None},
+            drawn,
+            temperature=torch.tensor(temperatures),
+            top_k=torch.tensor([p.top_k for p in params]),
+            top_p=torch.tensor([p.top_p for p in params], dtype=torch.float32),
+            min_p=torch.tensor([p.min_p for p in params], dtype=torch.float32),
+        )
+
+    def draw(self, kernels: Kernels, logits: Tensor) -> list[int]:
+        """One token a row by the compiled kernel, at each sequence's next random number."""
+        uniform = [s.random.random() if d else 0.0 for s, d in zip(self.sequences, self.drawn, strict=True)]
+        tokens: list[int] = kernels.draw(
+            logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            uniform=torch.tensor(uniform, dtype=torch.float64),
+        ).tolist()  # fmt: skip
+        return tokens
 
 
 def _first_maximum(logits: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ class SchedulerLimits:
     max_running: int  # sequences
     prefill_tokens: int  # prompt tokens a step
     swap_blocks: int = 0  # blocks that host memory may hold; 0: nobody has to make room
+    # Public prompts at one position advance together, at most so many: as many as mix. More would only wait longer for
+    # their first tokens.
+    cohort: int = 2**31
 
 
 @dataclass
@@ -101,9 +104,9 @@ class Scheduler:
         if prompts and prompts[0].private:  # the oldest goes first, whichever kind it is
             private_chunks = list(_private_chunks(prompts, budget))
             budget -= sum(chunk.length for chunk in private_chunks)
-            public_chunks = list(_public_chunks(prompts, budget))
+            public_chunks = list(_public_chunks(prompts, budget, self.limits.cohort))
         else:
-            public_chunks = list(_public_chunks(prompts, budget))
+            public_chunks = list(_public_chunks(prompts, budget, self.limits.cohort))
             budget -= sum(chunk.length for chunk in public_chunks)
             private_chunks = list(_private_chunks(prompts, budget))
         public += public_chunks
@@ -271,12 +274,13 @@ class Scheduler:
             assert sequence.computed <= len(sequence.token_ids) <= sequence.longest
 
 
-def _public_chunks(prompts: list[Sequence], budget: int) -> Iterator[Chunk]:
+def _public_chunks(prompts: list[Sequence], budget: int, most: int) -> Iterator[Chunk]:
     """Cohorts of one tenant and one position, the one of the oldest first: all its members advance alike."""
     left = [s for s in prompts if not s.private]
     while left and budget > 0:
         head = left[0]
         cohort = [s for s in left if s.computed == head.computed and s.request.tenant == head.request.tenant]
+        cohort = cohort[:most]
         length = max(1, budget // len(cohort))
         for sequence in cohort:
             chunk = Chunk(sequence, sequence.computed, min(length, len(sequence.prompt) - sequence.computed))

@@ -17,6 +17,7 @@ from server.engine.grouping import GroupingPolicy
 from server.engine.plan import Chunk, Plan
 from server.engine.request import EngineRequest, SamplingParams, Sequence
 from server.engine.sampler import Sampler
+from server.engine.scheduler import Scheduler, SchedulerLimits
 
 
 def _chunk(position: int, arrival: int, tenant: str, *, decodes: bool, length: int = 1) -> Chunk:
@@ -140,3 +141,18 @@ def test_truncation_keeps_the_best(params: SamplingParams, allowed: set[int], ke
     sequence = Sequence(EngineRequest("r", ((1,),), params), 0, 0)
     drawn = {Sampler(None, kernels).sample(logits, (Chunk(sequence, 0, 1),))[0].token_id for _ in range(200)}
     assert drawn == allowed
+
+
+def test_prompts_advance_together_only_with_those_they_mix_with() -> None:
+    """Two of four equal prompts at a time: the first ones are done after half of the steps."""
+    scheduler = Scheduler(BlockManager(50, 4), SchedulerLimits(8, prefill_tokens=16, cohort=2))
+    for name in "abcd":
+        scheduler.add(EngineRequest(name, ((1,) * 16,), SamplingParams(max_tokens=1)))
+    steps = []
+    for _ in range(4):
+        plan = scheduler.schedule()
+        steps.append([(c.sequence.request.request_id, c.start, c.length) for c in plan.public if not c.decodes])
+        scheduler.advance(plan)
+    assert steps == [
+        [("a", 0, 8), ("b", 0, 8)], [("a", 8, 8), ("b", 8, 8)], [("c", 0, 8), ("d", 0, 8)], [("c", 8, 8), ("d", 8, 8)],
+    ]  # fmt: skip
