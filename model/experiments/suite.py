@@ -195,12 +195,25 @@ class Trained:
     def fill(self, seed: int = 0) -> Fill:
         return Fill("reference", self.crowd(seed))
 
-    def score(self, mode: Mode, *, temperature: float = 0.0, skip_below: float = 0.0, crowd: int = 0) -> Evaluation:
-        """The mode's perplexity and experts a token, beside the crowd of that seed."""
+    def score(
+        self,
+        mode: Mode,
+        *,
+        temperature: float = 0.0,
+        skip_below: float = 0.0,
+        crowd: int = 0,
+        rivals: int | None = None,
+    ) -> Evaluation:
+        """The mode's perplexity and experts a token, beside the crowd of that seed, of whom a row at temperature 0 must
+        beat ``rivals`` (None: all)."""
         key = f"{mode} T={temperature:g} skip={skip_below:g} crowd={crowd}" if mode.startswith("private") else mode
+        if rivals is not None:
+            key += f" rivals={rivals}"
 
         def measure() -> dict[str, Any]:
             fill = self.fill(crowd) if self.config.is_grouped else Fill("none", None)
+            if rivals is not None and fill.crowd is not None:
+                fill.crowd.rivals = rivals
             evaluator = Evaluator(
                 self.model, self.suite.windows(), fill, self.suite.corpus.tokenizer, self.suite.kernels
             )
