@@ -34,6 +34,16 @@ class Catalogue:
     def unannealed(self) -> Run:
         return self.tempered("mot-fixed", temperature_mode="fixed")
 
+    def joint_from_the_start(self) -> Run:
+        """What transition tuning saves: all steps of the MoT run and its control, jointly."""
+        settings = self._scale.settings
+        return self.kind("mot").but(
+            "mot-joint",
+            steps=settings.steps + self._scale.transition_steps,
+            joint_copies=settings.batch // 4,
+            joint_rivals=self._scale.config.group_size // 2 + 1,
+        )
+
     def transitions(self) -> dict[str, Run]:
         """Ways to go on from the annealed MoT run so that it can decode unmixed, and the control that just goes on."""
         final = self._scale.settings.final_temperature

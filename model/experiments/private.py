@@ -25,6 +25,7 @@ def private_temperature(suite: Suite) -> dict[str, Any]:
     """Perplexity over mixing and experts a token at each temperature, and a table of the ways to tune."""
     catalogue = Catalogue(suite.scale)
     checkpoints = {"fixed": catalogue.unannealed(), "annealed": catalogue.kind("mot")} | catalogue.transitions()
+    checkpoints["joint from the start"] = catalogue.joint_from_the_start()
     trained = {name: suite.train(run) for name, run in checkpoints.items()}
     control = trained[CONTROL].score("mixed").perplexity
     ways = [_way(name, found, control) for name, found in trained.items()]

@@ -124,7 +124,8 @@ class Suite:
         folder.mkdir(parents=True, exist_ok=True)
         self.corpus.tokenizer.save(folder)
         end = self.corpus.tokenizer.id_of(END_OF_TEXT)
-        config = run.config.replace(bos_token_id=end, eos_token_id=end)
+        begun = run.config if start is None else start.config  # whose temperature is the one that training reached
+        config = begun.replace(bos_token_id=end, eos_token_id=end)
         half = self.windows(self.scale.windows // 2)  # enough for a curve
         settings = dataclasses.replace(run.settings, eval_every=self.scale.curve_every)
         trainer = Trainer(
