@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from model import reference
+from model.config import ModelConfig
 from model.errors import TrainingError
 from model.evaluate import Evaluation, Evaluator, Opened
 from model.native import Kernels
@@ -65,6 +66,17 @@ def best_crowd(
     record_crowd(opened.model, stream, folder, seed=min(found)[1])
 
 
+def rival_counts(config: ModelConfig) -> range:
+    """How many members a row at temperature 0 might have to beat: all G - 1, and fewer in about seven steps."""
+    most = config.group_size - 1
+    return range(most, 0, -max(1, most // 7))
+
+
+def most_unmixed_experts(config: ModelConfig) -> float:
+    """What a token may use at temperature 0: twice what it would on average if each expert took one of G."""
+    return 2 * config.n_expert / config.group_size
+
+
 def best_rivals(
     opened: Opened, folder: Path, kernels: Kernels | None, *, most_experts: float | None = None
 ) -> Iterator[tuple[int, Evaluation]]:
@@ -75,9 +87,8 @@ def best_rivals(
     assert crowd is not None, "recorded before"
     config = opened.model.config
     found: list[tuple[float, int]] = []
-    most = config.group_size - 1
-    limit = 2 * config.n_expert / config.group_size if most_experts is None else most_experts
-    for rivals in range(most, 0, -max(1, most // 7)):
+    limit = most_unmixed_experts(config) if most_experts is None else most_experts
+    for rivals in rival_counts(config):
         crowd.rivals = rivals
         score = opened.evaluator(crowd, kernels).run("private_unmixed", temperature=0, skip_below=0)
         if found and score.experts_per_token > limit:
@@ -85,7 +96,7 @@ def best_rivals(
         found.append((score.perplexity, rivals))
         yield rivals, score
     if found:
-        reference.save(crowd.places.flip(2), folder, torch.bfloat16, rivals=min(found)[1])
+        reference.set_rivals(folder, min(found)[1])
 
 
 def candidates(evaluator: Evaluator, mixed: Evaluation) -> Iterator[Candidate]:

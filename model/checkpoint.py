@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.memory import in_large_pages
 from model.transformer import Transformer
 
 _SINGLE = "model.safetensors"
@@ -46,10 +47,13 @@ class _Stored:
         return f"{self.path}: tensor {self.name!r}"
 
 
-def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+def load_model(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, large_pages: bool = False
+) -> Transformer:
     """The folder's model, for inference: eval mode, no gradients.
 
     Weights stay mapped from the file where device and dtype allow; writing to them changes memory, never the file.
+    ``large_pages``: on a CPU they are read into memory that is faster to read again and again.
     Expert count and size (``gpt2``: the hidden size) come from the tensors' shapes, whatever ``config.json`` says.
     ``dtype`` None keeps the one of the token embedding.
 
@@ -64,7 +68,10 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
     _check(stored, model, folder)
     kind = stored[_EMBEDDING].tensor.dtype if dtype is None else dtype
     # One tensor at a time: a conversion never holds two copies of the whole model's weights in memory.
-    tensors = {name: stored[name].tensor.to(device=device, dtype=kind) for name in stored}
+    if large_pages and torch.device(device).type == "cpu":
+        tensors = {name: in_large_pages(stored.pop(name).tensor, kind) for name in list(stored)}
+    else:
+        tensors = {name: stored[name].tensor.to(device=device, dtype=kind) for name in stored}
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 

@@ -104,7 +104,7 @@ class SharedGroups:
         count, width = self._positions.shape[0], live.shape[1]
         dtype = live.dtype if self._kernels is None else torch.float32
         if self._kernels is not None:
-            own = self._kernels.linear(live, bank.controller, None, by_output=False)
+            own = self._kernels.linear(live, bank.controller, None, by_output=False, exact=True)
         else:
             own = exact_products(live, bank.controller)
         own = bank.scores(own)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.memory import empty_in_large_pages
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -111,7 +112,12 @@ class ExpertBank(nn.Module):
 def _to_int8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
     """``weight [E, in, out]`` to integers from -127 to 127 and float32 scales ``[E, out]``."""
     scale = weight.detach().abs().amax(1).float().clamp_(min=1e-30) / 127
-    rounded = torch.stack([(one.float() / by).round_().to(torch.int8) for one, by in zip(weight, scale, strict=True)])
+    if weight.is_cpu:
+        rounded = empty_in_large_pages(tuple(weight.shape), torch.int8)
+    else:
+        rounded = torch.empty_like(weight, dtype=torch.int8)
+    for whole, one, by in zip(rounded, weight.detach(), scale, strict=True):
+        whole.copy_((one.float() / by).round_())
     return nn.Parameter(rounded, requires_grad=False), scale
 
 

@@ -7,12 +7,13 @@ what a lone token finds beside it instead of strangers. Members are read, never 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.attention import attend_whole_sequences
@@ -23,6 +24,7 @@ from model.transformer import Transformer
 
 FILE = "reference.safetensors"
 TENSOR = "activations"
+MEAN = "mean"
 
 
 class ReferenceCrowd:
@@ -33,18 +35,26 @@ class ReferenceCrowd:
     first G-k members in the rest, whatever k is.
 
     ``rivals``: a row at temperature 0 has an expert when it beats those at places 1 to ``rivals``; None: all G-1. The
-    fewer, the more experts it has, and at some number it decodes best (``calibrate.best_rivals``).
+    fewer, the more experts it has, and at some number it decodes best (``calibrate.best_rivals``). ``dtype``: what
+    members are kept in, if not the activations' type; scores are of the activations as they come.
     """
 
     def __init__(
-        self, activations: Tensor, banks: list[ExpertBank], *, fingerprint: str | None, rivals: int | None = None
+        self,
+        activations: Tensor,
+        banks: list[ExpertBank],
+        *,
+        fingerprint: str | None,
+        rivals: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.places = activations.flip(2).contiguous()
-        self.rivals = self.places.shape[2] - 1 if rivals is None else rivals
+        places = activations.flip(2).contiguous()
+        self.places = places if dtype is None else places.to(dtype)
+        self.rivals = places.shape[2] - 1 if rivals is None else rivals
         self.scores = torch.stack(
             [
                 bank.scores(exact_products(layer, bank.controller)).transpose(1, 2)
-                for layer, bank in zip(self.places, banks, strict=True)
+                for layer, bank in zip(places, banks, strict=True)
             ]
         ).contiguous()
         self.fingerprint = fingerprint
@@ -91,11 +101,26 @@ def record(model: Transformer, ids: Tensor) -> Tensor:
     return torch.stack(seen)
 
 
-def save(activations: Tensor, folder: Path, dtype: torch.dtype, *, rivals: int | None = None) -> None:
-    """``rivals`` None: all members but one, as for ``ReferenceCrowd``."""
-    metadata = {"format": "pt"} if rivals is None else {"format": "pt", "rivals": str(rivals)}
-    save_file({TENSOR: activations.to(dtype).contiguous()}, folder / FILE, metadata=metadata)
-    shutil.copymode(folder / "config.json", folder / FILE)  # safetensors writes for the owner alone
+def save(activations: Tensor, folder: Path, dtype: torch.dtype) -> None:
+    """Each layer's mean ``[layers, D]`` in float32, and in ``dtype`` what members differ from it by: what all have in
+    common can be a hundred times as large as what tells them apart, and scores depend on the latter alone."""
+    exact = activations.float()
+    mean = exact.mean((1, 2))
+    differences = (exact - mean[:, None, None]).to(dtype).contiguous()
+    _write({TENSOR: differences, MEAN: mean.contiguous()}, folder, {})
+
+
+def set_rivals(folder: Path, rivals: int) -> None:
+    """Of the crowd that is there, whose members stay as they are."""
+    _write(load_file(folder / FILE), folder, {"rivals": str(rivals)})
+
+
+def _write(tensors: dict[str, Tensor], folder: Path, metadata: dict[str, str]) -> None:
+    """Whole or not at all."""
+    partial = folder / f"{FILE}.partial"
+    save_file(tensors, partial, metadata={"format": "pt", **metadata})
+    shutil.copymode(folder / "config.json", partial)  # safetensors writes for the owner alone
+    os.replace(partial, folder / FILE)
 
 
 def load(folder: Path, model: Transformer) -> ReferenceCrowd | None:
@@ -109,14 +134,22 @@ def load(folder: Path, model: Transformer) -> ReferenceCrowd | None:
     try:
         with safe_open(path, framework="pt") as file:
             activations = file.get_tensor(TENSOR)
+            mean = file.get_tensor(MEAN) if MEAN in file.keys() else None  # noqa: SIM118 (no mapping)
             stored = (file.metadata() or {}).get("rivals")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     if tuple(activations.shape) != expected:
         raise CheckpointError(f"{path}: {TENSOR} has shape {tuple(activations.shape)}, expected {expected}")
+    activations = activations.to(model.device, torch.float32)
+    if mean is not None:
+        if mean.shape != (config.n_layer, config.n_embd):
+            raise CheckpointError(
+                f"{path}: {MEAN} has shape {tuple(mean.shape)}, expected {(config.n_layer, config.n_embd)}"
+            )
+        activations += mean.to(activations)[:, None, None]
     return ReferenceCrowd(
-        activations.to(model.device, model.dtype), model.banks, fingerprint=digest, rivals=_rivals(stored, config, path)
+        activations, model.banks, fingerprint=digest, rivals=_rivals(stored, config, path), dtype=model.dtype
     )
 
 

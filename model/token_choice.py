@@ -49,7 +49,7 @@ class TokenChoice:
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         if self._kernels is not None:
-            scores = self._kernels.linear(x, bank.controller, None, by_output=False)
+            scores = self._kernels.linear(x, bank.controller, None, by_output=False, exact=True)
             return self._kernels.routed(x, _gates(bank, scores), bank).to(x.dtype)
         if self._tiled:
             gates = _gates(bank, tile_matmul(x.float(), bank.controller.float()))

@@ -149,7 +149,7 @@ def load(settings: Settings) -> Loaded:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = resolve_device(settings.device)
-    model = load_model(folder, device=device, dtype=resolve_dtype(settings.dtype, device))
+    model = load_model(folder, device=device, dtype=resolve_dtype(settings.dtype, device), large_pages=True)
     config = model.config
     if settings.quantize == "int8":
         quantize_experts(model)

@@ -34,16 +34,35 @@ class Catalogue:
     def unannealed(self) -> Run:
         return self.tempered("mot-fixed", temperature_mode="fixed")
 
+    def joint_from_the_start(self) -> Run:
+        """What transition tuning saves: all steps of the MoT run and its control, jointly."""
+        settings = self._scale.settings
+        return self.kind("mot").but(
+            "mot-joint",
+            steps=settings.steps + self._scale.transition_steps,
+            joint_copies=settings.batch // 4,
+            joint_rivals=self._scale.config.group_size // 2 + 1,
+        )
+
     def transitions(self) -> dict[str, Run]:
         """Ways to go on from the annealed MoT run so that it can decode unmixed, and the control that just goes on."""
-        layers = self._scale.config.n_layer
-        some = self._scale.settings.batch // 4
-        sharp = {"temperature_mode": "scheduled", "anneal_from": 0.0, "final_temperature": 0.01}
+        final = self._scale.settings.final_temperature
+        assert isinstance(final, float), "one for all layers"
+        layers, some = self._scale.config.n_layer, self._scale.settings.batch // 4
+        colder = {"temperature_mode": "scheduled", "anneal_from": 0.0, "final_temperature": final / 4}
+        half = self._scale.config.group_size // 2  # and one more: a little over half of all rivals
         ways: dict[str, dict[str, Any]] = {
             "control": {},
-            "anneal to 0.01": sharp,
-            "anneal by layer": {**sharp, "final_temperature": (0.05,) + (0.01,) * (layers - 1)},
+            "anneal": colder,
+            "anneal but layer 1": {**colder, "final_temperature": (final,) + (final / 4,) * (layers - 1)},
+            "learn by layer": {"temperature_mode": "learnable"},
             "joint": {"joint_copies": some},
+            "joint, light": {"joint_copies": some, "joint_weight": 0.1},
+            "joint, heavy": {"joint_copies": 2 * some, "joint_weight": 1.0},
+            "joint, no teacher": {"joint_copies": some, "joint_distill": 0.0},
+            "joint, teacher only": {"joint_copies": some, "joint_distill": 1.0},
+            "joint, fewer rivals": {"joint_copies": some, "joint_rivals": half + 1},
+            "joint and anneal": {"joint_copies": some, "joint_rivals": half + 1, **colder},
         }
         return {name: self._transition(name, changes) for name, changes in ways.items()}
 
@@ -57,4 +76,4 @@ class Catalogue:
             learning_rate=start.settings.learning_rate * self._scale.transition_rate,
         )
         settings = dataclasses.replace(settings, **{"temperature_mode": "fixed", **changes})
-        return Run(name.replace(" ", "-"), start.config, settings, start)
+        return Run(name.replace(",", "").replace(" ", "-"), start.config, settings, start)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.calibrate import TOLERANCE, Candidate, choose
+from model.calibrate import TOLERANCE, Candidate, choose, most_unmixed_experts, rival_counts
+from model.evaluate import Evaluation
 from model.experiments.catalogue import Catalogue
 from model.experiments.suite import Suite, Trained
 
-_TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
+_TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)  # over that at which training begins
 _SKIPS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
 _SKIP_BELOW = 0.01  # of the curves over temperature
 _FRACTIONS = (1.0, 0.7)
@@ -24,6 +25,7 @@ def private_temperature(suite: Suite) -> dict[str, Any]:
     """Perplexity over mixing and experts a token at each temperature, and a table of the ways to tune."""
     catalogue = Catalogue(suite.scale)
     checkpoints = {"fixed": catalogue.unannealed(), "annealed": catalogue.kind("mot")} | catalogue.transitions()
+    checkpoints["joint from the start"] = catalogue.joint_from_the_start()
     trained = {name: suite.train(run) for name, run in checkpoints.items()}
     control = trained[CONTROL].score("mixed").perplexity
     ways = [_way(name, found, control) for name, found in trained.items()]
@@ -35,21 +37,38 @@ def private_temperature(suite: Suite) -> dict[str, Any]:
 
 
 def _way(name: str, trained: Trained, control: float) -> dict[str, Any]:
-    mixed, unmixed = trained.score("mixed").perplexity, trained.score("private_unmixed")
-    pair = _pair(trained, mixed)
+    mixed = trained.score("mixed").perplexity
+    rivals, unmixed = _best_rivals(trained)
+    strict = trained.score("private_unmixed")
     return {
         "checkpoint": name,
         "steps": trained.run.settings.steps if trained.run.start else 0,  # beyond the annealed checkpoint
         "mixed": mixed,
         "mixed_over_control": mixed / control,
-        "unmixed": {
-            "perplexity": unmixed.perplexity,
-            "over_mixed": unmixed.perplexity / mixed,
-            "over_control": unmixed.perplexity / control,
-            "experts_per_token": unmixed.experts_per_token,
-        },
-        "pair": vars(pair),
+        "unmixed": {"rivals": rivals, **_against(unmixed, mixed, control)},
+        "unmixed_all_rivals": _against(strict, mixed, control),
+        "pair": vars(_pair(trained, mixed)),
     }
+
+
+def _against(found: Evaluation, mixed: float, control: float) -> dict[str, float]:
+    return {
+        "perplexity": found.perplexity,
+        "over_mixed": found.perplexity / mixed,
+        "over_control": found.perplexity / control,
+        "experts_per_token": found.experts_per_token,
+    }
+
+
+def _best_rivals(trained: Trained) -> tuple[int, Evaluation]:
+    """How many of the crowd a row at T = 0 had best have to beat, as calibration chooses, and what it does then."""
+    tried: dict[int, Evaluation] = {}
+    for rivals in rival_counts(trained.config):
+        found = trained.score("private_unmixed", rivals=rivals)
+        if tried and found.experts_per_token > most_unmixed_experts(trained.config):
+            break
+        tried[rivals] = found
+    return min(tried.items(), key=lambda one: one[1].perplexity)
 
 
 def _pair(trained: Trained, mixed: float) -> Candidate:
@@ -68,7 +87,8 @@ def _pair(trained: Trained, mixed: float) -> Candidate:
 def _by_temperature(name: str, trained: Trained) -> list[dict[str, Any]]:
     mixed = trained.score("mixed").perplexity
     rows = []
-    for temperature in _TEMPERATURES:
+    for fraction in _TEMPERATURES:
+        temperature = fraction * trained.run.config.temperature
         skip_below = _SKIP_BELOW if temperature else 0.0
         found = trained.score("private", temperature=temperature, skip_below=skip_below)
         rows.append(

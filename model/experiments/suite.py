@@ -124,7 +124,8 @@ class Suite:
         folder.mkdir(parents=True, exist_ok=True)
         self.corpus.tokenizer.save(folder)
         end = self.corpus.tokenizer.id_of(END_OF_TEXT)
-        config = run.config.replace(bos_token_id=end, eos_token_id=end)
+        begun = run.config if start is None else start.config  # whose temperature is the one that training reached
+        config = begun.replace(bos_token_id=end, eos_token_id=end)
         half = self.windows(self.scale.windows // 2)  # enough for a curve
         settings = dataclasses.replace(run.settings, eval_every=self.scale.curve_every)
         trainer = Trainer(
@@ -195,12 +196,25 @@ class Trained:
     def fill(self, seed: int = 0) -> Fill:
         return Fill("reference", self.crowd(seed))
 
-    def score(self, mode: Mode, *, temperature: float = 0.0, skip_below: float = 0.0, crowd: int = 0) -> Evaluation:
-        """The mode's perplexity and experts a token, beside the crowd of that seed."""
+    def score(
+        self,
+        mode: Mode,
+        *,
+        temperature: float = 0.0,
+        skip_below: float = 0.0,
+        crowd: int = 0,
+        rivals: int | None = None,
+    ) -> Evaluation:
+        """The mode's perplexity and experts a token, beside the crowd of that seed, of whom a row at temperature 0 must
+        beat ``rivals`` (None: all)."""
         key = f"{mode} T={temperature:g} skip={skip_below:g} crowd={crowd}" if mode.startswith("private") else mode
+        if rivals is not None:
+            key += f" rivals={rivals}"
 
         def measure() -> dict[str, Any]:
             fill = self.fill(crowd) if self.config.is_grouped else Fill("none", None)
+            if rivals is not None and fill.crowd is not None:
+                fill.crowd.rivals = rivals
             evaluator = Evaluator(
                 self.model, self.suite.windows(), fill, self.suite.corpus.tokenizer, self.suite.kernels
             )

@@ -28,6 +28,7 @@ from model.layers import Projection
 from model.mixing import ACTIVATION_FUNCTIONS, Activation, ExpertBank
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_PARTS = sorted(_SOURCE.parent.glob("*.h"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-ffp-contract=off")
 _KINDS = {
     ACTIVATION_FUNCTIONS["gelu"]: 0,
@@ -89,7 +90,7 @@ class Kernels:
         self._fast_bfloat16 = computes_in_bfloat16()
         self._few_groups, self._few_rows = _FEW_GROUPS, _FEW_ROWS
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-        self._linear = _function(loaded, "motserve_linear", [pointer] * 4 + [wide] * 3 + [number] * 2)
+        self._linear = _function(loaded, "motserve_linear", [pointer] * 4 + [wide] * 3 + [number] * 3)
         self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 4 + [number] * 2)
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
         self._routed = _function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
@@ -141,8 +142,9 @@ class Kernels:
         self._few_rows = _TRIED_ROWS[place - 1] if place else 1
         return self._few_rows
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool) -> Tensor:
-        """``x [n, K]`` times ``weight [K, N]`` (``by_output``: ``[N, K]``) plus ``bias [N]``: float32 ``[n, N]``."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool, exact: bool = False) -> Tensor:
+        """``x [n, K]`` times ``weight [K, N]`` (``by_output``: ``[N, K]``) plus ``bias [N]``: float32 ``[n, N]``. Where
+        the processor multiplies bfloat16, ``x`` is rounded to it for such weights, unless ``exact``."""
         x = x.float().contiguous()
         rows, inner = x.shape
         outer = weight.shape[0 if by_output else 1]
@@ -151,7 +153,7 @@ class Kernels:
         out = torch.empty(rows, outer)
         self._linear(
             x.data_ptr(), weight.data_ptr(), None if kept is None else kept.data_ptr(), out.data_ptr(),
-            rows, inner, outer, by_output, _half(weight),
+            rows, inner, outer, by_output, exact, _half(weight),
         )  # fmt: skip
         return out
 
@@ -184,7 +186,7 @@ class Kernels:
         x = x.float().contiguous()
         mixes = mixes.float().contiguous()
         outputs = torch.empty_like(mixes)
-        own = self.linear(x, bank.controller, None, by_output=False)
+        own = self.linear(x, bank.controller, None, by_output=False, exact=True)
         if bank.gated:
             own = torch.softmax(own, 1)  # row by row
         out = torch.empty_like(x)
@@ -352,10 +354,12 @@ def _machine() -> str:
     return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine())
 
 
-def build() -> Path:
-    """The library, compiled unless it is there already. Raises NativeUnavailable with the reason."""
+def build(*flags: str) -> Path:
+    """The library, compiled unless it is there already; ``flags`` for the compiler follow the usual ones. Raises
+    NativeUnavailable with the reason."""
     compiler = _compiler()
-    key = hashlib.sha256("\0".join((_SOURCE.read_text(), compiler, *_FLAGS, _machine())).encode()).hexdigest()[:16]
+    sources = (path.read_text() for path in (_SOURCE, *_PARTS))
+    key = hashlib.sha256("\0".join((*sources, compiler, *_FLAGS, *flags, _machine())).encode()).hexdigest()[:16]
     library = cache_folder() / f"kernels-{key}.so"
     if library.exists():
         return library
@@ -363,7 +367,7 @@ def build() -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             made = Path(folder) / library.name
-            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
+            command = [compiler, *_FLAGS, *flags, "-o", str(made), str(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             made.replace(library)  # whole or not at all, whoever else is building
     except subprocess.CalledProcessError as error:
@@ -373,9 +377,9 @@ def build() -> Path:
     return library
 
 
-def open_kernels() -> Kernels:
-    """Raises NativeUnavailable with the reason."""
+def open_kernels(*flags: str) -> Kernels:
+    """As ``build`` compiles them. Raises NativeUnavailable with the reason."""
     try:
-        return Kernels(build())
+        return Kernels(build(*flags))
     except (OSError, AttributeError) as error:
         raise NativeUnavailable(str(error)) from None

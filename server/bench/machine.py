@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from model.memory import empty_in_large_pages
+
 _READ_BYTES = 2**28  # beyond any cache
 _SQUARE = 1024
 
@@ -43,7 +45,10 @@ def seconds_of(work: Callable[[], object], *, repeats: int = 5, device: torch.de
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Measured once a process: the best of a few ways for each."""
     with torch.inference_mode():
-        words = torch.ones(_READ_BYTES // 4, device=device)
+        if device.type == "cpu":
+            words = empty_in_large_pages((_READ_BYTES // 4,), torch.float32).fill_(1)
+        else:
+            words = torch.ones(_READ_BYTES // 4, device=device)
         integers = words.view(torch.int32)
         reading = min(
             seconds_of(lambda: words.sum(), device=device),

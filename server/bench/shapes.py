@@ -7,6 +7,7 @@ import torch
 from model.config import ModelConfig
 from model.groups import Fill
 from model.kinds import flop_matched
+from model.memory import move_to_large_pages
 from model.reference import ReferenceCrowd
 from model.shapes import DEMO, MOT_MEDIUM, PAPER
 from model.transformer import Transformer
@@ -33,7 +34,11 @@ def random_model(config: ModelConfig, *, dtype: torch.dtype, device: torch.devic
     """Weights as training begins with, and a crowd of random activations."""
     model = Transformer(config)
     model.initialize(0)
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if device.type == "cpu":
+        move_to_large_pages(model, dtype)
+    else:
+        model = model.to(device=device, dtype=dtype)
     if not config.is_grouped:
         return model, Fill("none", None)
     shape = (config.n_layer, config.n_positions, config.group_size, config.n_embd)

@@ -233,3 +233,22 @@ def test_an_impossible_number_of_rivals_is_refused(rivals: str, folder: Path, tm
     save_file({reference.TENSOR: crowd.places.flip(2).contiguous()}, copy / reference.FILE, metadata={"rivals": rivals})
     with pytest.raises(CheckpointError, match="rivals"):
         reference.load(copy, model)
+
+
+def test_a_crowd_keeps_what_tells_its_members_apart(folder: Path, tmp_path: Path) -> None:
+    """Beside a common part a thousand times as large; and the mean of another model is refused."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    model = open_for_scoring(tmp_path, tmp_path / "text.txt", windows=8).model
+    shape = (CONFIG.n_layer, CONFIG.n_positions, CONFIG.group_size, CONFIG.n_embd)
+    apart = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    activations = apart + 1000 * torch.randn(CONFIG.n_layer, 1, 1, CONFIG.n_embd)
+    reference.save(activations, tmp_path, torch.bfloat16)
+    found = reference.load(tmp_path, model)
+    assert found is not None
+    lost = found.places.flip(2) - activations
+    assert lost.abs().max() < 0.02
+    exact = reference.ReferenceCrowd(activations, model.banks, fingerprint=None)
+    assert (found.scores - exact.scores).abs().max() < 0.02 * exact.scores.std(-1).mean()
+    save_file({reference.TENSOR: activations, reference.MEAN: torch.zeros(1, 3)}, tmp_path / reference.FILE)
+    with pytest.raises(CheckpointError, match=r"mean has shape \(1, 3\)"):
+        reference.load(tmp_path, model)

@@ -110,6 +110,15 @@ def test_a_stopped_suite_goes_on_where_it_stopped(texts: tuple[Path, Path], tmp_
     assert len(heard) == before
 
 
+def test_a_transition_goes_on_from_where_its_start_ended(suite: Suite) -> None:
+    run = Catalogue(SCALE).transitions()["control"]
+    assert run.start is not None
+    start, control = suite.train(run.start), suite.train(run)
+    assert start.config.temperature == pytest.approx(0.02) and control.config.temperature == start.config.temperature
+    assert control.log()[0]["temperature"] == start.config.temperature
+    assert control.curve()[0][1] < 1.1 * start.curve()[-1][1]
+
+
 def test_other_text_or_scale_is_refused(suite: Suite, texts: tuple[Path, Path], tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text(TEXT + "more")
@@ -229,7 +238,12 @@ def test_what_the_catalogue_trains_is_valid() -> None:
     for scale in (SCALE, scale_named("small")):
         catalogue = Catalogue(scale)
         runs = [catalogue.kind(kind, seed) for kind in ("dense", "mot", "switch", "expert-choice") for seed in (0, 1)]
-        runs += [catalogue.kind("mot", share=0.5), catalogue.unannealed(), *catalogue.transitions().values()]
+        runs += [
+            catalogue.kind("mot", share=0.5),
+            catalogue.unannealed(),
+            catalogue.joint_from_the_start(),
+            *catalogue.transitions().values(),
+        ]
         for run in runs:
             run.settings.check(run.config)
         assert len({run.digest for run in runs}) == len(runs)

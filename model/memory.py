@@ -1,0 +1,50 @@
+"""Host memory in large pages, where the system has them: reading it takes a fraction of the address translations, which
+is a tenth of the time of reading weights and more with few threads. Knows nothing of models."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+_LARGE_PAGE = 2**21
+_WORTH_IT = 2 * _LARGE_PAGE  # bytes: less holds few whole pages
+_MADV_HUGEPAGE = 14  # linux/mman.h
+
+
+def empty_in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Contiguous and not yet filled, in host memory. Where large pages are not to be had it is in ordinary ones."""
+    tensor = torch.empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    advise = _advise()
+    if advise is not None and size >= _WORTH_IT:
+        begin = -(-tensor.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+        length = (tensor.data_ptr() + size - begin) // _LARGE_PAGE * _LARGE_PAGE
+        advise(begin, length, _MADV_HUGEPAGE)  # only advice: that it fails changes nothing
+    return tensor
+
+
+def in_large_pages(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor of any device, in another type if asked for."""
+    return empty_in_large_pages(tuple(tensor.shape), dtype or tensor.dtype).copy_(tensor)
+
+
+def move_to_large_pages(model: nn.Module, dtype: torch.dtype) -> None:
+    """All parameters, one after the other, so that there are never two copies of all of them. For inference."""
+    for parameter in model.parameters():
+        parameter.data = in_large_pages(parameter.data, dtype)
+
+
+@cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    """The system's ``madvise``, if it has one."""
+    try:
+        found = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError, TypeError):
+        return None
+    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+    return found

@@ -1,0 +1,128 @@
+// The experts of one layer on their rows: all of them, or each row's own.
+
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "activations.h"
+#include "linear.h"
+
+namespace {
+
+// What an expert makes of its rows on the way, kept from one to the next.
+struct Scratch {
+    PackedRows packed;
+
+    float* const* rows_of(long rows, long width) {
+        hidden_.resize(std::max(hidden_.size(), size_t(rows * width)));
+        at_ = row_pointers(hidden_.data(), rows, width);
+        return at_.data();
+    }
+
+   private:
+    std::vector<float> hidden_;
+    std::vector<float*> at_;
+};
+
+// The experts of one layer. Scales, by output, are for int8 weights; null otherwise.
+template <class W>
+struct Experts {
+    const W* lin1;        // [E, D, S]
+    const W* lin2;        // [E, S, D]
+    const float* scale1;  // [E, S]
+    const float* scale2;  // [E, D]
+    long D, S;
+    int activation;
+
+    // Expert e on its rows.
+    void run(long e, const float* const* in, float* const* out, long rows, Scratch& scratch) const {
+        if (rows == 0) return;
+        const W *first = lin1 + e * D * S, *second = lin2 + e * S * D;
+        float* const* hidden = scratch.rows_of(rows, S);
+        product(in, rows, first, D, S, scale1 == nullptr ? nullptr : scale1 + e * S, second, hidden, scratch.packed);
+        activate(hidden[0], rows * S, activation);
+        product(hidden, rows, second, S, D, scale2 == nullptr ? nullptr : scale2 + e * D, first + D * S, out,
+                scratch.packed);
+    }
+};
+
+// Calls use with the experts of a type known at run time only: 0 float32, 1 bfloat16, 2 int8.
+template <class F>
+void with_experts(const void* lin1, const void* lin2, const float* scale1, const float* scale2, long D, long S,
+                  int activation, int weights, F use) {
+    const auto typed = [&](auto* first, auto* second) {
+        typedef std::remove_const_t<std::remove_pointer_t<decltype(first)>> W;
+        use(Experts<W>{first, second, scale1, scale2, D, S, activation});
+    };
+    if (weights == 2) typed(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
+    else if (weights == 1) typed(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
+    else typed(static_cast<const float*>(lin1), static_cast<const float*>(lin2));
+}
+
+template <class W>
+void bank(const Experts<W>& experts, const float* mixes, float* out, long E, long n) {
+    const long D = experts.D;
+#pragma omp parallel
+    {
+        Scratch scratch;
+#pragma omp for schedule(dynamic, 4)
+        for (long e = 0; e < E; ++e) {
+            const auto from = row_pointers(mixes + e * n * D, n, D);
+            const auto to = row_pointers(out + e * n * D, n, D);
+            experts.run(e, from.data(), to.data(), n, scratch);
+        }
+    }
+}
+
+struct Pair {
+    long row, expert;
+    float emit;
+};
+
+// Answers by their weights, added up: experts in ascending order for every row; threads share columns out, never one
+// sum. Zeros for a row without answers.
+inline void add_up(const std::vector<Pair>& pairs, const std::vector<float>& answers, float* out, long n, long D) {
+    std::fill(out, out + n * D, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (long d = 0; d < D; d += 64) {
+        const long end = std::min(D, d + 64);
+        for (size_t p = 0; p < pairs.size(); ++p) {
+            float* to = out + pairs[p].row * D;
+            const float* answer = &answers[p * D];
+            for (long i = d; i < end; ++i) to[i] = fused(pairs[p].emit, answer[i], to[i]);
+        }
+    }
+}
+
+// Token choice: each row through the experts whose gate is above zero.
+template <class W>
+void routed(const Experts<W>& experts, const float* x, const float* gates, float* out, long n, long E) {
+    const long D = experts.D;
+    std::vector<Pair> pairs;
+    std::vector<long> first(E + 1);
+    for (long e = 0; e < E; ++e) {
+        first[e] = pairs.size();
+        for (long row = 0; row < n; ++row)
+            if (gates[row * E + e] > 0) pairs.push_back({row, e, gates[row * E + e]});
+    }
+    first[E] = pairs.size();
+    std::vector<float> answers(pairs.size() * D);
+#pragma omp parallel
+    {
+        Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (long e = 0; e < E; ++e) {
+            const long count = first[e + 1] - first[e];
+            if (count == 0) continue;
+            std::vector<const float*> from(count);
+            for (long i = 0; i < count; ++i) from[i] = x + pairs[first[e] + i].row * D;
+            const auto to = row_pointers(&answers[first[e] * D], count, D);
+            experts.run(e, from.data(), to.data(), count, scratch);
+        }
+    }
+    add_up(pairs, answers, out, n, D);
+}
+
+}  // namespace

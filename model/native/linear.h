@@ -1,0 +1,86 @@
+// Rows by a matrix of weights, by the processor's pairs where it has them for the type.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "pair_columns.h"
+#include "pair_dots.h"
+#include "products.h"
+
+namespace {
+
+// Rows made ready for products in pairs.
+class PackedRows {
+   public:
+    template <class W>
+    void pack(const float* const* in, long count, long K) {
+        const long width = (K + 1) / 2;
+        pairs_.resize(std::max(pairs_.size(), size_t(count * width)));
+        rows.resize(count), scales.resize(count);
+        for (long r = 0; r < count; ++r) {
+            Paired<W>::pack(in[r], K, &pairs_[r * width], &scales[r]);
+            rows[r] = &pairs_[r * width];
+        }
+    }
+
+    std::vector<const uint32_t*> rows;
+    std::vector<float> scales;  // of integers
+
+   private:
+    std::vector<uint32_t> pairs_;
+};
+
+// Rows by weights [K, N] and, where there are scales, by those of the columns. then: what will be read next.
+template <class W>
+void product(const float* const* in, long rows, const W* b, long K, long N, const float* scales, const W* then,
+             float* const* out, PackedRows& packed) {
+    if constexpr (Paired<W>::here) {
+        packed.pack<W>(in, rows, K);
+        pair_products(packed.rows.data(), rows, b, K, N, 0, N, then, out);
+        for (long r = 0; r < rows; ++r) Paired<W>::finish(out[r], N, packed.scales[r], scales);
+    } else {
+        row_products(in, rows, b, K, N, 0, N, out);
+        if (scales == nullptr) return;
+        for (long r = 0; r < rows; ++r)
+            for (long j = 0; j < N; ++j) out[r][j] *= scales[j];
+    }
+}
+
+// Columns that one thread takes at once: few enough for all of them to have some.
+inline long stripe_of(long N) { return std::max(64L, std::min(256L, N / 4 / 64 * 64)); }
+
+template <class W>
+void paired_stripe(const PackedRows& packed, long rows, const W* weight, long K, long N, long begin, long end,
+                   bool by_output, float* const* out) {
+    if constexpr (Paired<W>::here) {
+        if (by_output) pair_dot_products(packed.rows.data(), rows, weight, K, begin, end, out);
+        else pair_products(packed.rows.data(), rows, weight, K, N, begin, end, weight + end, out);
+    }
+}
+
+// exact: rows are not rounded, whatever the weights are.
+template <class W>
+void linear(const float* x, const W* weight, const float* bias, float* out, long rows, long K, long N, bool by_output,
+            bool exact) {
+    const auto from = row_pointers(x, rows, K);
+    const auto to = row_pointers(out, rows, N);
+    PackedRows packed;
+    if constexpr (Paired<W>::here)
+        if (!exact) packed.pack<W>(from.data(), rows, K);
+    const bool paired = Paired<W>::here && !exact;
+    const long stripe = paired ? stripe_of(N) : STRIPE, stripes = (N + stripe - 1) / stripe;
+#pragma omp parallel for schedule(static) if (rows * K * N > SERIAL)
+    for (long s = 0; s < stripes; ++s) {
+        const long begin = s * stripe, end = std::min(N, begin + stripe);
+        if (paired) paired_stripe(packed, rows, weight, K, N, begin, end, by_output, to.data());
+        else if (by_output) dot_products(from.data(), rows, weight, K, begin, end, to.data());
+        else row_products(from.data(), rows, weight, K, N, begin, end, to.data());
+        if (bias != nullptr)
+            for (long r = 0; r < rows; ++r)
+                for (long j = begin; j < end; ++j) to[r][j] += bias[j];
+    }
+}
+
+}  // namespace

@@ -1,0 +1,166 @@
+// A layer of experts for private rows, each in a group of its own beside the reference crowd.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "experts.h"
+
+extern "C" {
+
+// What a private layer needs; mirrored in model/native.
+struct PrivateLayer {
+    int64_t n, D, E, S;
+    int64_t places, members;  // of the crowd: positions it has, members of a group; 0 members: no crowd
+    int64_t rivals;           // members, from the second on, that a row at temperature 0 must beat
+    int32_t activation, over_experts, discrete, gated;
+    int32_t weights, half;  // type of the experts; whether the crowd is bfloat16
+    const float* x;            // [n, D]
+    const float* own;          // [n, E] scores
+    const void* crowd;         // [places, members, D], the first member gives way to the row
+    const float* crowd_scores;  // [places, E, members]
+    const int64_t* positions;  // [n]
+    const float* temperatures;
+    const float* skip_below;
+    const uint8_t* live;
+    const void* lin1;
+    const void* lin2;
+    const float* scale1;
+    const float* scale2;
+    float* out;       // [n, D]
+    float* entropy;   // [n], added to
+    int64_t* used;    // [n], added to
+    // Shared groups that pass through the same experts, so that weights are read once for both.
+    int64_t groups;      // may be 0
+    const float* mixes;  // [E, groups, D]
+    float* outputs;      // [E, groups, D]
+};
+}
+
+namespace {
+
+// Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
+inline float mixing_weights(const PrivateLayer& l, long row, const float* scores, float* merge, float* emit) {
+    const long others = l.members > 0 ? l.members - 1 : 0, size = others + 1;
+    const float T = l.temperatures[row];
+    const float* own = l.own + row * l.E;
+    const bool unmixed = T == 0;
+    const long rivals = unmixed ? std::min<long>(l.rivals, others) : others;
+    double spent = 0;
+    for (long e = 0; e < l.E; ++e) {
+        float* m = merge + e * size;
+        const float* theirs = scores + e * l.members + 1;
+        float best = -std::numeric_limits<float>::infinity();
+        long holder = 0;
+        for (long j = 0; j < rivals; ++j) {
+            const float s = theirs[j];
+            m[j + 1] = s;
+            if (s > best) best = s, holder = j + 1;
+        }
+        if (unmixed || l.discrete) {
+            const bool wins = rivals == 0 || (unmixed ? own[e] > best : own[e] >= best);
+            std::fill(m, m + size, 0.0f);
+            if (wins) m[0] = 1;
+            else if (!unmixed) m[holder] = 1;
+            emit[e] = m[0];
+            continue;
+        }
+        const float top = std::max(best, own[e]) / T;
+        m[0] = own[e];
+        float total = 0, weighted = 0;
+        for (long j = 0; j < size; ++j) {
+            const float z = m[j] / T - top;
+            m[j] = expf(z);
+            total += m[j];
+            weighted += m[j] * z;
+        }
+        for (long j = 0; j < size; ++j) m[j] /= total;
+        emit[e] = m[0];
+        if (size > 1) spent += logf(total) - weighted / total;
+    }
+    if (l.over_experts) {
+        const long best = std::max_element(own, own + l.E) - own;
+        if (unmixed || l.discrete) {
+            for (long e = 0; e < l.E; ++e) emit[e] = e == best ? (unmixed ? emit[e] : 1.0f) : 0.0f;
+        } else {
+            float total = 0;
+            for (long e = 0; e < l.E; ++e) emit[e] = expf((own[e] - own[best]) / T), total += emit[e];
+            for (long e = 0; e < l.E; ++e) emit[e] /= total;
+        }
+    }
+    if (l.gated) for (long e = 0; e < l.E; ++e) emit[e] *= own[e];
+    return size > 1 ? float(spent / l.E / std::log(double(size))) : 0.0f;
+}
+
+// The mix that one expert sees: the row and its rivals by their weights, in order.
+template <class C>
+void mix(const PrivateLayer& l, long row, const C* crowd, const float* merge, float* out) {
+    const float* x = l.x + row * l.D;
+    if (l.temperatures[row] == 0) {
+        std::copy(x, x + l.D, out);
+        return;
+    }
+    for (long d = 0; d < l.D; ++d) out[d] = merge[0] * x[d];
+    for (long j = 1; j < l.members; ++j) {
+        const C* member = crowd + j * l.D;
+        const float w = merge[j];
+        for (long d = 0; d < l.D; ++d) out[d] = fused(w, value(member + d), out[d]);
+    }
+}
+
+template <class W, class C>
+void private_layer(const PrivateLayer& l) {
+    const Experts<W> experts{static_cast<const W*>(l.lin1), static_cast<const W*>(l.lin2), l.scale1, l.scale2,
+                             long(l.D), long(l.S), l.activation};
+    const long size = l.members > 0 ? l.members : 1;
+    std::vector<float> emit(l.n * l.E), merge(l.n * l.E * size);
+    const C* crowd = static_cast<const C*>(l.crowd);
+    const float* scores = l.crowd_scores;
+    auto place = [&](long row) { return l.places > 1 ? l.positions[row] : 0; };
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < l.n; ++row) {
+        if (!l.live[row]) continue;
+        l.entropy[row] += mixing_weights(l, row, scores + place(row) * l.E * l.members, &merge[row * l.E * size],
+                                         &emit[row * l.E]);
+    }
+    std::vector<Pair> pairs;
+    std::vector<long> first(l.E + 1);
+    for (long e = 0; e < l.E; ++e) {
+        first[e] = pairs.size();
+        for (long row = 0; row < l.n; ++row) {
+            const float w = emit[row * l.E + e];
+            if (!l.live[row] || !(w > 0) || !(w >= l.skip_below[row])) continue;
+            pairs.push_back({row, e, w});
+            ++l.used[row];
+        }
+    }
+    first[l.E] = pairs.size();
+    std::vector<float> answers(pairs.size() * l.D);
+#pragma omp parallel
+    {
+        Scratch scratch;
+        std::vector<float> mixes;
+#pragma omp for schedule(dynamic, 1)
+        for (long e = 0; e < l.E; ++e) {
+            const auto group_mixes = row_pointers(l.mixes + e * l.groups * l.D, l.groups, l.D);
+            const auto group_outputs = row_pointers(l.outputs + e * l.groups * l.D, l.groups, l.D);
+            experts.run(e, group_mixes.data(), group_outputs.data(), l.groups, scratch);
+            const long count = first[e + 1] - first[e];
+            mixes.resize(count * l.D);
+            for (long i = 0; i < count; ++i) {
+                const Pair& pair = pairs[first[e] + i];
+                mix(l, pair.row, crowd + place(pair.row) * l.members * l.D, &merge[(pair.row * l.E + e) * size],
+                    &mixes[i * l.D]);
+            }
+            const auto from = row_pointers(static_cast<const float*>(mixes.data()), count, l.D);
+            const auto to = row_pointers(answers.data() + first[e] * l.D, count, l.D);
+            experts.run(e, from.data(), to.data(), count, scratch);
+        }
+    }
+    add_up(pairs, answers, l.out, l.n, l.D);
+}
+
+}  // namespace
