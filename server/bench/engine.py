@@ -30,11 +30,13 @@ class EngineLoad:
 @dataclass(frozen=True)
 class EngineResult:
     """Medians over repeats. Decode rates are of steps in which nobody's prompt is computed any more and nobody has
-    finished; ``shares`` are of those steps' time."""
+    finished; ``shares`` are of those steps' time. ``whole_tokens_per_second``: of whole runs, prompts included, as a
+    client of the server counts them."""
 
     concurrency: int
     private_share: float
     output_tokens_per_second: float
+    whole_tokens_per_second: float
     prefill_tokens_per_second: float
     step_seconds: float
     groups_per_step: float
@@ -105,6 +107,7 @@ def _result(load: EngineLoad, runs: list[list[StepStats]], possible: float) -> E
         load.concurrency,
         load.private_share,
         middle(sum(s.decode_tokens for s in run) / sum(s.seconds for s in run) for run in decoding),
+        middle(load.concurrency * load.output_tokens / sum(s.seconds for s in run) for run in runs),
         middle(sum(s.prefill_tokens for s in run) / sum(s.seconds for s in run) for run in prefill),
         seconds,
         middle(step.public_groups for run in decoding for step in run),
