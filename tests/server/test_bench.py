@@ -151,6 +151,7 @@ def test_engine_prints_an_object_a_setting() -> None:
     assert [(each["concurrency"], each["private_share"]) for each in results] == [(1, 0), (1, 1), (4, 0), (4, 1)]
     for result in results:
         assert result["output_tokens_per_second"] > 0 and result["prefill_tokens_per_second"] > 0
+        assert result["whole_tokens_per_second"] > 0
         parts = [result[f"{part}_share"] for part in ("scheduling", "grouping", "model", "sampling", "results")]
         assert 0.5 < sum(parts) < 1.01
         tokens_a_step = result["step_seconds"] * result["output_tokens_per_second"]
