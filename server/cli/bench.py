@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,15 @@ def _texts_of(file: Path) -> list[str]:
     if not lines:
         raise ValueError(f"prompt_file: {file} holds no prompts")
     return lines
+
+
+def _run_loop(work: Coroutine[Any, Any, bool]) -> bool:
+    """On uvloop where it is, which reads many small pieces in less time."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
 
 
 @bench.command("engine")
@@ -271,7 +281,7 @@ def serve(
             for count, per_second in [*((count, None) for count in counts), *((None, each) for each in rates)]
             for share in shares
         ]
-        whole = asyncio.run(
+        whole = _run_loop(
             bench_serve(
                 Target(url, api_key, timeout), traffic, loads, Limits(ttft_limit, itl_limit), report,
                 lambda done, speed: bar.update(task, completed=done, note=f"{speed:.1f} requests/s"),
