@@ -29,11 +29,13 @@ def private_temperature(suite: Suite) -> dict[str, Any]:
     trained = {name: suite.train(run) for name, run in checkpoints.items()}
     control = trained[CONTROL].score("mixed").perplexity
     ways = [_way(name, found, control) for name, found in trained.items()]
-    fair = [way for way in ways if way["steps"] and way["mixed_over_control"] <= _MIXING_MAY_LOSE]
-    best = min(fair, key=lambda way: way["unmixed"]["perplexity"])["checkpoint"]
-    rows = [row for name in ("fixed", "annealed", CONTROL, best) for row in _by_temperature(name, trained[name])]
-    return {"rows": rows, "summary": {"ways": ways, "best": best, "experts": suite.scale.config.n_expert,
-                                      "group_size": suite.scale.config.group_size}}  # fmt: skip
+    tuned = [way for way in ways if way["steps"]]
+    fair = [way for way in tuned if way["mixed_over_control"] <= _MIXING_MAY_LOSE]  # the control itself is
+    best, closest = (min(some, key=lambda way: way["unmixed"]["perplexity"])["checkpoint"] for some in (fair, tuned))
+    shown = dict.fromkeys(("fixed", "annealed", CONTROL, best, closest))
+    rows = [row for name in shown for row in _by_temperature(name, trained[name])]
+    summary = {"ways": ways, "best": best, "closest": closest, "experts": suite.scale.config.n_expert}
+    return {"rows": rows, "summary": summary}
 
 
 def _way(name: str, trained: Trained, control: float) -> dict[str, Any]:

@@ -50,6 +50,7 @@ inline float mixing_weights(const PrivateLayer& l, long row, const float* scores
     const bool unmixed = T == 0;
     const long rivals = unmixed ? std::min<long>(l.rivals, others) : others;
     double spent = 0;
+    std::vector<float> z(size);
     for (long e = 0; e < l.E; ++e) {
         float* m = merge + e * size;
         const float* theirs = scores + e * l.members + 1;
@@ -70,12 +71,12 @@ inline float mixing_weights(const PrivateLayer& l, long row, const float* scores
         }
         const float top = std::max(best, own[e]) / T;
         m[0] = own[e];
+        for (long j = 0; j < size; ++j) m[j] = z[j] = m[j] / T - top;
+        apply(m, size, exponential);
         float total = 0, weighted = 0;
         for (long j = 0; j < size; ++j) {
-            const float z = m[j] / T - top;
-            m[j] = expf(z);
             total += m[j];
-            weighted += m[j] * z;
+            weighted += m[j] * z[j];
         }
         for (long j = 0; j < size; ++j) m[j] /= total;
         emit[e] = m[0];
@@ -103,11 +104,21 @@ void mix(const PrivateLayer& l, long row, const C* crowd, const float* merge, fl
         std::copy(x, x + l.D, out);
         return;
     }
-    for (long d = 0; d < l.D; ++d) out[d] = merge[0] * x[d];
-    for (long j = 1; j < l.members; ++j) {
-        const C* member = crowd + j * l.D;
-        const float w = merge[j];
-        for (long d = 0; d < l.D; ++d) out[d] = fused(w, value(member + d), out[d]);
+    constexpr long V = 4;
+    long d = 0;
+    for (; d + V * LANES <= l.D; d += V * LANES) {
+        vec total[V];
+        for (long v = 0; v < V; ++v) total[v] = broadcast(merge[0]) * load(x + d + v * LANES);
+        for (long j = 1; j < l.members; ++j) {
+            const vec w = broadcast(merge[j]);
+            const C* member = crowd + j * l.D + d;
+            for (long v = 0; v < V; ++v) total[v] = fused(w, load(member + v * LANES), total[v]);
+        }
+        for (long v = 0; v < V; ++v) store(out + d + v * LANES, total[v]);
+    }
+    for (; d < l.D; ++d) {
+        out[d] = merge[0] * x[d];
+        for (long j = 1; j < l.members; ++j) out[d] = fused(merge[j], value(crowd + j * l.D + d), out[d]);
     }
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from server.bench.machine import Limits
+from server.bench.machine import Limits, Machine, median_of
 from server.engine.engine import Engine
 from server.engine.request import EngineRequest, Privacy, SamplingParams, StepStats
 
@@ -42,17 +42,20 @@ class EngineResult:
     groups_per_step: float
     shares: tuple[float, ...]  # one for each of ``PARTS``
     fraction_of_weight_reading: float  # of the steps a second that reading all weights once would allow
+    limits: Limits  # as measured between the runs
 
     def as_dict(self) -> dict[str, Any]:
         values = asdict(self)
         shares = values.pop("shares")
-        return values | {f"{part}_share": share for part, share in zip(PARTS, shares, strict=True)}
+        del values["limits"]
+        values |= {f"{part}_share": share for part, share in zip(PARTS, shares, strict=True)}
+        return values | self.limits.as_dict()
 
 
 def bench_engine(
     engine: Engine,
     loads: Sequence[EngineLoad],
-    limits: Limits,
+    machine: Machine,
     privacy: Privacy,
     *,
     repeats: int,
@@ -65,12 +68,14 @@ def bench_engine(
         engine.check(_requests(engine, load, privacy, 0)[0])
     _run(engine, _requests(engine, loads[0], privacy, 0))  # warms caches and allocators up
     taken: list[list[list[StepStats]]] = [[] for _ in loads]
+    limits: list[list[Limits]] = [[] for _ in loads]
     for repeat in range(repeats):
         for place, load in enumerate(loads):
+            limits[place].append(machine.limits())
             taken[place].append(_run(engine, _requests(engine, load, privacy, repeat)))
             progress((repeat * len(loads) + place + 1) / (repeats * len(loads)))
-    for load, runs in zip(loads, taken, strict=True):
-        yield _result(load, runs, limits.bandwidth / weights)
+    for load, runs, found in zip(loads, taken, limits, strict=True):
+        yield _result(load, runs, median_of(found), weights)
 
 
 def _requests(engine: Engine, load: EngineLoad, privacy: Privacy, seed: int) -> list[EngineRequest]:
@@ -96,7 +101,7 @@ def _run(engine: Engine, requests: Sequence[EngineRequest]) -> list[StepStats]:
     return steps
 
 
-def _result(load: EngineLoad, runs: list[list[StepStats]], possible: float) -> EngineResult:
+def _result(load: EngineLoad, runs: list[list[StepStats]], limits: Limits, weights: int) -> EngineResult:
     decoding = [[step for step in run if step.decode_tokens == load.concurrency] for run in runs]
     prefill = [[step for step in run if step.prefill_tokens] for run in runs]
     middle = statistics.median
@@ -112,5 +117,6 @@ def _result(load: EngineLoad, runs: list[list[StepStats]], possible: float) -> E
         seconds,
         middle(step.public_groups for run in decoding for step in run),
         tuple(shares),
-        1 / seconds / possible,
+        weights / limits.bandwidth / seconds,
+        limits,
     )

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.groups import PrivateRows
 from model.mixing import ExpertBank
 from model.native import Kernels
-from server.bench.machine import Limits, seconds_of
+from server.bench.machine import Limits, Machine, seconds_of
 from server.bench.shapes import random_model
 from server.engine.plan import Chunk
 from server.engine.request import EngineRequest, SamplingParams, Sequence
@@ -26,15 +26,16 @@ _CONTEXT = 128  # tokens that attention looks back on
 
 @dataclass(frozen=True)
 class KernelResult:
-    """``groups``: groups, rows or sequences at once. Fractions are of the machine's limits, of the bytes and operations
-    that this mode must read and do at least; ``bmm_`` is torch's batched product on the same experts, where it is the
-    plain alternative. ``experts``: used by a row, where that varies."""
+    """``groups``: groups, rows or sequences at once. Fractions are of the machine's limits as measured just before, of
+    the bytes and operations that this mode must read and do at least; ``bmm_`` is torch's batched product on the same
+    experts, where it is the plain alternative. ``experts``: used by a row, where that varies."""
 
     kernel: str
     shape: str
     dtype: str
     mode: str
     groups: int
+    limits: Limits
     seconds: float
     fraction_of_bandwidth: float
     fraction_of_matmul: float
@@ -44,7 +45,9 @@ class KernelResult:
     experts: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        del values["limits"]
+        return values | self.limits.as_dict()
 
 
 class KernelBench:
@@ -55,15 +58,16 @@ class KernelBench:
         shape: str,
         config: ModelConfig,
         dtype: torch.dtype,
-        limits: Limits,
+        machine: Machine,
         kernels: Kernels | None,
         *,
         quantized: bool = False,
     ) -> None:
         self._named: dict[str, Any] = {"shape": shape, "dtype": "int8" if quantized else str(dtype).split(".")[1]}
         self._config = config.replace(n_layer=min(config.n_layer, _LAYERS), vocab_size=min(config.vocab_size, 8192))
-        self._vocabulary, self._limits, self._kernels = config.vocab_size, limits, kernels
-        self._model, self._fill = random_model(self._config, dtype=dtype, device=torch.device(limits.device))
+        self._vocabulary, self._machine, self._kernels = config.vocab_size, machine, kernels
+        self._limits = machine.limits()
+        self._model, self._fill = random_model(self._config, dtype=dtype, device=machine.device)
         self._banks = self._model.banks
         self._turn = 0
         if quantized:
@@ -86,8 +90,9 @@ class KernelBench:
         bank = self._banks[0]
         mixes = torch.randn(bank.lin1.shape[0], count, bank.lin1.shape[1], device=bank.lin1.device)
         cast = mixes.to(bank.controller.dtype)
-        plain = self._time(lambda: self._next()[1].experts(cast))
-        taken = plain
+        read, operations = _bytes(bank.lin1, bank.lin2), 2 * count * (bank.lin1.numel() + bank.lin2.numel())
+        plain = taken = self._time(lambda: self._next()[1].experts(cast))
+        fractions = least = self._fractions(plain, read, operations)
         if self._kernels is not None and self._kernels.prefers(count, bank):
             kernels = self._kernels
 
@@ -95,12 +100,10 @@ class KernelBench:
                 return kernels.bank(mixes, self._next()[1])
 
             taken = self._time(native)
-        read, operations = _bytes(bank.lin1, bank.lin2), 2 * count * (bank.lin1.numel() + bank.lin2.numel())
-        fractions = self._fractions(plain, read, operations)
+            fractions = self._fractions(taken, read, operations)
         return KernelResult(
-            "bank", **self._named, mode="public", groups=count, seconds=taken,
-            **self._fractions(taken, read, operations),
-            bmm_seconds=plain, **{f"bmm_{name}": value for name, value in fractions.items()},
+            "bank", **self._named, mode="public", groups=count, limits=self._limits, seconds=taken, **fractions,
+            bmm_seconds=plain, **{f"bmm_{name}": value for name, value in least.items()},
         )  # fmt: skip
 
     def _private(self, count: int) -> KernelResult:
@@ -134,7 +137,7 @@ class KernelBench:
         bank = self._banks[0]
         one = _bytes(bank.lin1[0], bank.lin2[0])
         return KernelResult(
-            "private_layer", **self._named, mode=mode, groups=count, seconds=seconds,
+            "private_layer", **self._named, mode=mode, groups=count, limits=self._limits, seconds=seconds,
             **self._fractions(seconds, min(used, len(bank.lin1)) * one, 4 * used * bank.lin1[0].numel()),
             experts=used / count,
         )  # fmt: skip
@@ -161,7 +164,7 @@ class KernelBench:
             kernels = self._kernels
             taken = self._time(lambda: kernels.attend(queries, keys, values, tables, lengths))
         return KernelResult(
-            "attention", **self._named, mode="decode", groups=count, seconds=taken,
+            "attention", **self._named, mode="decode", groups=count, limits=self._limits, seconds=taken,
             **self._fractions(taken, read, operations), bmm_seconds=plain,
         )  # fmt: skip
 
@@ -173,11 +176,12 @@ class KernelBench:
         chunks = tuple(Chunk(Sequence(request, 0, number), 0, 1) for number in range(count))
         seconds = self._time(lambda: sampler.sample(logits, chunks))
         return KernelResult(
-            "sampling", **self._named, mode="top_p", groups=count, seconds=seconds,
+            "sampling", **self._named, mode="top_p", groups=count, limits=self._limits, seconds=seconds,
             **self._fractions(seconds, _bytes(logits), 0),
         )  # fmt: skip
 
     def _time(self, work: Callable[[], object]) -> float:
+        self._limits = self._machine.limits()
         return seconds_of(work, repeats=9, device=self._model.device)
 
     def _fractions(self, seconds: float, read: float, operations: float) -> dict[str, Any]:

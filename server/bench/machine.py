@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from model.memory import empty_in_large_pages
 
@@ -41,20 +42,34 @@ def seconds_of(work: Callable[[], object], *, repeats: int = 5, device: torch.de
     return statistics.median(times[1:])
 
 
-@functools.cache
-def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measured once a process: the best of a few ways for each."""
-    with torch.inference_mode():
+class Machine:
+    """Measures its limits again whenever asked: on a virtual machine they change from minute to minute, and a fraction
+    is only fair to what was possible then."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
         if device.type == "cpu":
             words = empty_in_large_pages((_READ_BYTES // 4,), torch.float32).fill_(1)
         else:
             words = torch.ones(_READ_BYTES // 4, device=device)
-        integers = words.view(torch.int32)
-        reading = min(
-            seconds_of(lambda: words.sum(), device=device),
-            seconds_of(lambda: words.max(), device=device),
-            seconds_of(lambda: integers.max(), device=device),
-        )
-        square = torch.ones(_SQUARE, _SQUARE, dtype=dtype, device=device)
-        product = seconds_of(lambda: square @ square, device=device)
-    return Limits(str(device), torch.get_num_threads(), _READ_BYTES / reading, 2 * _SQUARE**3 / product)
+        self._square = torch.ones(_SQUARE, _SQUARE, dtype=dtype, device=device)
+        ways: tuple[Callable[[], Tensor], ...] = (words.sum, words.max, words.view(torch.int32).max)
+        self._read = min(ways, key=lambda way: seconds_of(way, device=device))
+
+    @torch.inference_mode()
+    def limits(self, repeats: int = 3) -> Limits:
+        reading = seconds_of(self._read, repeats=repeats, device=self.device)
+        product = seconds_of(lambda: self._square @ self._square, repeats=repeats, device=self.device)
+        return Limits(str(self.device), torch.get_num_threads(), _READ_BYTES / reading, 2 * _SQUARE**3 / product)
+
+
+def median_of(found: Sequence[Limits]) -> Limits:
+    """Of several measurements on one machine."""
+    bandwidth, matmul = (statistics.median(getattr(each, name) for each in found) for name in ("bandwidth", "matmul"))
+    return replace(found[0], bandwidth=bandwidth, matmul=matmul)
+
+
+@functools.cache
+def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
+    """One a process: it keeps memory to read."""
+    return Machine(device, dtype)

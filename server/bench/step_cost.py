@@ -10,7 +10,7 @@ import numpy as np
 from model.config import ModelConfig
 from server.bench.engine import EngineLoad, bench_engine
 from server.bench.kernel import KernelBench
-from server.bench.machine import measure_limits
+from server.bench.machine import machine_of
 from server.bench.shapes import random_model
 from server.config import Settings
 from server.engine.request import Privacy
@@ -65,8 +65,8 @@ def measure_cost(
     whole steps of one row and of many. Raises ValueError naming the setting that the machine cannot serve."""
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
-    limits = measure_limits(device, dtype)
-    tested = KernelBench(shape, config, dtype, limits, resolve_kernels(settings.kernels, device))
+    machine = machine_of(device, dtype)
+    tested = KernelBench(shape, config, dtype, machine, resolve_kernels(settings.kernels, device))
     taken = []
     for done, result in enumerate(tested.run(list(_COUNTS), ["public"]), 1):
         taken.append(result.seconds * config.n_layer)
@@ -77,7 +77,7 @@ def measure_cost(
     model, fill = random_model(config, dtype=dtype, device=device)
     engine = build_engine(settings, model, fill, None)
     loads = [EngineLoad(rows, 0.0, 16, 12) for rows in _ROWS]
-    few, many = bench_engine(engine, loads, limits, Privacy(config.temperature, 0.0), repeats=3)
+    few, many = bench_engine(engine, loads, machine, Privacy(config.temperature, 0.0), repeats=3)
     progress(1.0)
     rest = [max(0.0, found.step_seconds - curve.experts(round(found.groups_per_step))) for found in (few, many)]
     per_row = max(0.0, (rest[1] - rest[0]) / (_ROWS[1] - _ROWS[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,11 +66,17 @@ def engine(
     quantize: str = "none",
     kernels: str = "auto",
     group_fill: str = "reference",
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also a plain torch loop over the model, in float32 and bfloat16.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decode and prefill tokens a second of the engine alone, and where a step's time goes."""
+    import torch
+
+    from server.bench.baseline import plain_rate
     from server.bench.engine import EngineLoad, bench_engine
-    from server.bench.machine import measure_limits
+    from server.bench.machine import machine_of
     from server.bench.shapes import config_of, random_model
     from server.config import read_settings
     from server.engine.request import Privacy, RequestError
@@ -92,17 +99,72 @@ def engine(
             tested, default = build_engine(settings, weights, fill, None), Privacy(config.temperature, 0.01)
         if private_temperature is not None:
             default = Privacy(private_temperature, 0.0 if private_temperature == 0 else default.skip_below)
-        limits = measure_limits(tested.runner.model.device, tested.runner.model.dtype)
+        machine = machine_of(tested.runner.model.device, tested.runner.model.dtype)
         loads = [EngineLoad(count, share, prompt_tokens, output_tokens, spread) for count in counts for share in shares]
+        public: dict[int, float] = {}  # tokens a second by concurrency
+        if baseline and (spread or settings.quantize != "none" or 0 not in shares):
+            raise ValueError("baseline: is for public requests of one length, without quantize")
         try:
             for result in bench_engine(
-                tested, loads, limits, default, repeats=repeats, progress=lambda done: bar.update(task, completed=done)
+                tested, loads, machine, default, repeats=repeats, progress=lambda done: bar.update(task, completed=done)
             ):
                 named = {"shape": shape or "checkpoint", "dtype": str(tested.runner.model.dtype).split(".")[1]}
                 named["quantize"] = settings.quantize
-                print_result({**named, **result.as_dict(), **limits.as_dict()}, as_json=as_json)
+                print_result({**named, **result.as_dict()}, as_json=as_json)
+                if result.private_share == 0:
+                    public[result.concurrency] = result.output_tokens_per_second
         except RequestError as error:
             raise ValueError(str(error)) from None
+        if not baseline:
+            return
+        for name in ("float32", "bfloat16"):
+            plain = copy.deepcopy(tested.runner.model).to(getattr(torch, name))
+            for count, rate in public.items():
+                slow = plain_rate(plain, count, prompt_tokens, output_tokens, repeats)
+                named = {"baseline": "plain torch loop, zero padding", "shape": shape or "checkpoint", "dtype": name}
+                values = {"concurrency": count, "output_tokens_per_second": slow, "engine_speedup": rate / slow}
+                print_result({**named, **values}, as_json=as_json)
+
+
+@bench.command("economy")
+def economy(
+    concurrency: _Numbers = "32,128,512",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 16,
+    output_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    device: str = "auto",
+    dtype: str = "auto",
+    kernels: str = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """The paper's MoT model against the dense one of equal FLOPs a token: decode tokens a second of the engine, and the
+    limit that the machine's balance sets."""
+    from server.bench.economy import bench_economy
+    from server.bench.machine import machine_of
+    from server.bench.shapes import config_of, random_model
+    from server.config import read_settings
+    from server.loading import build_engine, resolve_device, resolve_dtype
+
+    with told(), progress("measuring") as (bar, task):
+        counts = _list_of("concurrency", concurrency, int, 1, 4096)
+        flags = {"device": device, "dtype": dtype, "kernels": kernels, "log_level": "error"}
+        sizes = {
+            "max_concurrent": max(counts),
+            "kv_cache_memory": "4GiB",
+            "prefill_tokens": max(counts) * prompt_tokens,
+        }
+        settings = read_settings({**flags, **sizes}, None)
+        on = resolve_device(device)
+        chosen = resolve_dtype(dtype, on)
+        mot, dense = (
+            build_engine(settings, *random_model(config_of(shape), dtype=chosen, device=on), None)
+            for shape in ("paper", "paper-dense")
+        )
+        for result in bench_economy(
+            mot, dense, counts, machine_of(on, chosen), prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+            repeats=repeats, progress=lambda done: bar.update(task, completed=done),
+        ):  # fmt: skip
+            print_result({"bench": "economy", "dtype": str(chosen).split(".")[1], **result.as_dict()}, as_json=as_json)
 
 
 @bench.command("kernel")
@@ -121,7 +183,7 @@ def kernel(
 ) -> None:
     """The MoT layer, attention and sampling, beside read bandwidth, matmul rate and torch's batched product."""
     from server.bench.kernel import MODES, KernelBench
-    from server.bench.machine import measure_limits
+    from server.bench.machine import machine_of
     from server.bench.shapes import config_of
     from server.loading import resolve_device, resolve_dtype, resolve_kernels
 
@@ -134,12 +196,13 @@ def kernel(
             raise ValueError(f"shape: {shape!r} has no experts")
         counts = _list_of("groups", groups, int, 1, 4096)
         chosen = resolve_dtype("auto" if dtype == "int8" else dtype, on)
-        limits = measure_limits(on, chosen)
-        tested = KernelBench(shape, config, chosen, limits, resolve_kernels(kernels, on), quantized=dtype == "int8")
+        tested = KernelBench(
+            shape, config, chosen, machine_of(on, chosen), resolve_kernels(kernels, on), quantized=dtype == "int8"
+        )
         modes = [name for name in MODES if not mode or name in mode]
         for done, result in enumerate(tested.run(counts, modes), 1):
             bar.update(task, completed=done / len(modes) / len(counts))
-            print_result({**result.as_dict(), **limits.as_dict()}, as_json=as_json)
+            print_result(result.as_dict(), as_json=as_json)
 
 
 @bench.command("serve")

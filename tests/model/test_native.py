@@ -345,6 +345,7 @@ def test_score(kernels: Kernels, rows: int, size: int, best: int, whole: bool, s
         assert torch.equal(alone[0][0], chosen[row]) and torch.equal(alone[2][0], values[row])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-120, 120, width=32), min_size=1, max_size=40))
 def test_activations(variant: Kernels, numbers: list[float]) -> None:
     x = torch.tensor(numbers)

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from model.attention import attend_whole_sequences
+from model.checkpoint import load_model
+from model.mixing import WholeSequences
+from server.bench.baseline import PlainLoop
 from server.cli import app
 from server.config import Settings
 from tests.server.conftest import Live, served, wait_until
@@ -156,6 +161,53 @@ def test_engine_prints_an_object_a_setting() -> None:
         assert 0.5 < sum(parts) < 1.01
         tokens_a_step = result["step_seconds"] * result["output_tokens_per_second"]
         assert result["concurrency"] / 5 < tokens_a_step < result["concurrency"] * 5  # a median and a mean
+
+
+def test_engine_beside_a_plain_loop() -> None:
+    engine, *plain = objects(
+        bench(
+            "engine", "--model", GOLDEN, "--concurrency", 3, "--private-share", "0", "--prompt-tokens", 4,
+            "--output-tokens", 6, "--repeats", 1, "--baseline", "--json",
+        )
+    )  # fmt: skip
+    assert [each["dtype"] for each in plain] == ["float32", "bfloat16"]
+    for each in plain:
+        assert each["concurrency"] == 3
+        times = engine["output_tokens_per_second"] / each["output_tokens_per_second"]
+        assert each["engine_speedup"] == pytest.approx(times)
+
+
+def test_the_plain_loop_decodes_as_whole_sequences_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values kept, and groups filled with zeros, give the logits of the public model's layer."""
+    model = load_model(GOLDEN)
+    loop, ids = PlainLoop(model, 3, 9), torch.randint(97, (3, 9), generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    logits = model.logits
+
+    def noted(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(logits(hidden))
+        return seen[-1]
+
+    monkeypatch.setattr(model, "logits", noted)
+    with torch.inference_mode():
+        for place in (slice(0, 4), *(slice(i, i + 1) for i in range(4, 9))):
+            loop.step(ids[:, place])
+        hidden = model(
+            ids.flatten(), torch.arange(9).repeat(3),
+            lambda _, qkv: attend_whole_sequences(qkv, 3, model.config.n_head), WholeSequences(model.config, 3),
+        )  # fmt: skip
+    wanted = logits(hidden).view(3, 9, -1)
+    for found, last in zip(seen, (3, 4, 5, 6, 7, 8), strict=True):
+        torch.testing.assert_close(found, wanted[:, last], atol=1e-4, rtol=1e-4)
+
+
+def test_economy_prints_an_object_a_concurrency() -> None:
+    (result,) = objects(
+        bench("economy", "--concurrency", 2, "--prompt-tokens", 1, "--output-tokens", 3, "--repeats", 1, "--json")
+    )
+    assert result["concurrency"] == 2 and result["groups_per_step"] == 1
+    assert result["ratio"] == pytest.approx(result["mot_tokens_per_second"] / result["dense_tokens_per_second"])
+    assert 0 < result["limit"] < 1, "experts are read besides"
 
 
 def test_kernel_prints_an_object_a_size_and_mode() -> None:
