@@ -150,7 +150,7 @@ def test_engine_prints_an_object_a_setting() -> None:
     results = objects(
         bench(
             "engine", "--model", GOLDEN, "--concurrency", "1,4", "--private-share", "0,1", "--prompt-tokens", 4,
-            "--output-tokens", 6, "--repeats", 1, "--json",
+            "--output-tokens", 6, "--repeats", 5, "--json",
         )
     )  # fmt: skip
     assert [(each["concurrency"], each["private_share"]) for each in results] == [(1, 0), (1, 1), (4, 0), (4, 1)]
