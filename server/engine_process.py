@@ -7,6 +7,7 @@ other. When either process ends, the other one notices by the end of its stream.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import queue
@@ -26,6 +27,8 @@ from server.config import Settings
 from server.engine.admission import Admission
 from server.engine.async_engine import AsyncEngine, EngineInfo
 from server.engine.loop import EngineLoop, Inbox, Item, Report
+
+_log = logging.getLogger("motserve")
 
 # The new interpreter looks for modules where this one does.
 _START = "import sys; sys.path[:] = {path!r}; from server.engine_process import run; run({descriptor})"
@@ -54,7 +57,6 @@ class EngineProcess:
                 [sys.executable, "-c", command], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
             )
         self._connection = Connection(ours.detach())
-        self._report: Callable[[Report], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connection.send(settings)
 
@@ -72,8 +74,10 @@ class EngineProcess:
         return engine, answer
 
     def start(self, report: Callable[[Report], None]) -> None:
-        self._report, self._loop = report, asyncio.get_running_loop()
-        self._loop.add_reader(self._connection.fileno(), self._read)
+        """A thread reads what comes: event loops that watch a descriptor make it non-blocking, and a message that has
+        come in part would then look like an end."""
+        self._loop = asyncio.get_running_loop()
+        threading.Thread(target=self._read, args=(self._loop, report), name="motserve-reports", daemon=True).start()
 
     def put(self, item: Item) -> None:
         try:
@@ -82,9 +86,7 @@ class EngineProcess:
             return
 
     def stop(self) -> None:
-        loop, self._loop = self._loop, None
-        if loop is not None:
-            loop.call_soon_threadsafe(loop.remove_reader, self._connection.fileno())
+        self._loop = None
         try:
             self._connection.send(None)
             self._process.wait(_STOP_SECONDS)
@@ -108,14 +110,18 @@ class EngineProcess:
     def alive(self) -> bool:
         return self._loop is not None and self.running
 
-    def _read(self) -> None:
-        assert self._loop is not None and self._report is not None
-        try:
-            report = self._connection.recv()
-        except (EOFError, OSError):
-            self._loop.remove_reader(self._connection.fileno())
-            report = Report([], None, 0, 0, failed=True, over=True)
-        self._report(report)
+    def _read(self, loop: asyncio.AbstractEventLoop, report: Callable[[Report], None]) -> None:
+        """To the end of the engine's process."""
+        over = False
+        while not over:
+            try:
+                news = self._connection.recv()
+            except (EOFError, OSError):
+                if self._loop is not None:
+                    _log.error("the engine's process has ended")
+                news, over = Report([], None, 0, 0, failed=True, over=True), True
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(report, news)
 
 
 def run(descriptor: int) -> None:

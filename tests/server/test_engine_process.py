@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvloop
 
 from server.app import create_app
 from server.config import Settings
@@ -58,6 +59,28 @@ def test_both_hosts_give_the_same(process: EngineProcess) -> None:
     loaded = load(settings())
     assert (ready.info, ready.admission, ready.name) == (loaded.engine.info, loaded.admission, loaded.name)
     assert asyncio.run(answers(other)) == asyncio.run(answers(loaded.engine))
+
+
+def test_more_at_once_than_any_buffer_holds(process: EngineProcess) -> None:
+    """On the event loop that serves, in both directions: what goes or comes in part is not the end."""
+    engine, _ = process.wait()
+    sampling = SamplingParams(max_tokens=2, prompt_logprobs=20, ignore_eos=True)
+    prompts = [tuple((row * 31 + place * 7) % 4000 for place in range(200)) for row in range(240)]
+
+    async def one(row: int) -> int:
+        request = EngineRequest(f"r{row}", (prompts[row],), sampling)
+        found = [delta async for deltas in engine.submit(request) for delta in deltas]
+        return sum(len(delta.prompt_logprobs or ()) for delta in found)
+
+    async def run() -> list[int]:
+        engine.start()
+        try:
+            async with asyncio.timeout(120):
+                return await asyncio.gather(*map(one, range(len(prompts))))
+        finally:
+            await engine.stop()
+
+    assert uvloop.run(run()) == [200] * len(prompts)
 
 
 def test_aborts_reach_it_and_its_death_is_noticed(process: EngineProcess) -> None:
