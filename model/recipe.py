@@ -224,13 +224,23 @@ _PRESETS: dict[str, tuple[ModelConfig, TrainSettings]] = {
     ),
 }  # fmt: skip
 PRESETS = tuple(_PRESETS)
+# Fields of a preset's configuration that a run may change, the public ones of ``config.json``.
+SHAPE = (
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "group_size", "n_expert", "expert_size", "temperature",
+)  # fmt: skip
 _DENSE_PAPER_RATE = 4e-3
 
 
 def preset_named(
-    name: str, changes: dict[str, Any], *, feed_forward: str = "mot", start: ModelConfig | None = None
+    name: str,
+    changes: dict[str, Any],
+    *,
+    shape: dict[str, Any] | None = None,
+    feed_forward: str = "mot",
+    start: ModelConfig | None = None,
 ) -> tuple[ModelConfig, TrainSettings]:
-    """A model and how to train it, with some settings changed.
+    """A model and how to train it, with some settings changed; ``shape``: fields of the MoT configuration to change,
+    among ``SHAPE``, before another kind of layer is matched to it.
 
     - ``tiny`` is done in seconds.
     - ``demo`` is the bundled checkpoint's recipe.
@@ -239,13 +249,14 @@ def preset_named(
     - ``mot-medium``: the published checkpoint's shape. Its rate is ours, not the authors'.
 
     ``feed_forward`` puts another kind of layer in, at equal FLOPs (see ``kinds.flop_matched``); ``start``: the
-    configuration of a checkpoint that training begins with, which then takes the preset's place. Raises TrainingError
-    for another name and for a change that nothing would use.
+    configuration of a checkpoint that training begins with, which then takes the preset's place: of its shape only
+    what no weight depends on can change. Raises TrainingError for another name, for sizes that make no model and for a
+    change that nothing would use.
     """
     if name not in _PRESETS:
         raise TrainingError(f"preset must be one of {', '.join(_PRESETS)}, not {name!r}")
     config, settings = _PRESETS[name]
-    config = flop_matched(config, feed_forward) if start is None else start
+    config = _shaped(config, shape or {}, feed_forward, start)
     if name == "paper" and feed_forward == "dense":
         settings = dataclasses.replace(settings, learning_rate=_DENSE_PAPER_RATE)
     if config.is_token_choice:
@@ -255,6 +266,23 @@ def preset_named(
         if setting in changes:
             raise TrainingError(f"{setting}: {reason}")
     return config, dataclasses.replace(settings, warmup=min(settings.warmup, settings.steps))
+
+
+def _shaped(preset: ModelConfig, shape: dict[str, Any], feed_forward: str, start: ModelConfig | None) -> ModelConfig:
+    kind = feed_forward if start is None else start.model_type
+    if "temperature" in shape and kind != "mot":
+        raise TrainingError(f"temperature: a {kind} model has no temperature to change")
+    if "group_size" in shape and start is not None and not start.is_grouped:
+        raise TrainingError(f"group_size: a {kind} model has no groups")
+    for field in shape:
+        if start is not None and field not in ("group_size", "temperature"):
+            raise TrainingError(f"{field}: start_from's checkpoint has its own")
+    if shape.get("expert_size", 1) < 1:
+        raise TrainingError(f"expert_size must be at least 1, not {shape['expert_size']}")
+    try:
+        return start.replace(**shape) if start is not None else flop_matched(preset.replace(**shape), feed_forward)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _unused(settings: TrainSettings, config: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -147,13 +147,13 @@ class Trainer:
         validation: Path | None = None,
     ) -> Trainer:
         """A trainer on text files, with the folder's tokenizer or a new one; ``start``: from this checkpoint's weights,
-        configuration and tokenizer instead; ``validation``: held-out text to evaluate on. Raises TrainingError or
-        CheckpointError."""
+        sizes and tokenizer instead (group size and temperature are still ``config``'s); ``validation``: held-out text
+        to evaluate on. Raises TrainingError or CheckpointError."""
         workers = workers or Workers()
         begun: Transformer | None = None
         if start is not None:
             begun = load_model(start, dtype=torch.float32)
-            config = begun.config
+            config = begun.config.replace(group_size=config.group_size, temperature=config.temperature)
             if not (start / TOKENIZER_FILE).exists():
                 raise TrainingError(f"{start / TOKENIZER_FILE}: not found; training goes on with the same tokenizer")
             if workers.is_first:

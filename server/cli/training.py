@@ -13,7 +13,9 @@ from server.cli.terminal import JsonOption, progress, told
 
 app = typer.Typer()
 
-_MODEL, _STEP, _RATE, _TEMPERATURE = "Model", "Steps and batches", "Optimizer", "Temperature (mot)"
+_MODEL, _SHAPE, _STEP, _RATE, _TEMPERATURE = (
+    "Model", "Sizes of the model (config.json's names)", "Steps and batches", "Optimizer", "Temperature (mot)",
+)  # fmt: skip
 _PRIVATE, _ROUTING, _OUT, _MACHINE = "Unmixed decoding (mot)", "Token choice (switch, top-k)", "Output", "Machine"
 
 
@@ -44,6 +46,19 @@ def train(
     ] = None,
     start_from: Annotated[Path | None, _option("Begin with this checkpoint, not a preset's model.", _MODEL)] = None,
     seed: Annotated[int | None, _option("Of the first weights and the order of the data.", _MODEL)] = None,
+    vocab_size: Annotated[int | None, _option("Tokens that the run's tokenizer may learn.", _SHAPE)] = None,
+    n_positions: Annotated[int | None, _option("Longest context in tokens.", _SHAPE)] = None,
+    n_embd: Annotated[int | None, _option("Width; a multiple of the heads.", _SHAPE)] = None,
+    n_layer: Annotated[int | None, _option("Layers.", _SHAPE)] = None,
+    n_head: Annotated[int | None, _option("Attention heads.", _SHAPE)] = None,
+    group_size: Annotated[
+        int | None, _option("Tokens that are mixed; may also differ from that of start-from's checkpoint.", _SHAPE)
+    ] = None,
+    n_expert: Annotated[int | None, _option("Experts of a layer.", _SHAPE)] = None,
+    expert_size: Annotated[int | None, _option("Hidden units of an expert.", _SHAPE)] = None,
+    temperature: Annotated[
+        float | None, _option("Of mixing, where training begins; may also differ from that checkpoint's.", _SHAPE)
+    ] = None,
     steps: Annotated[int | None, _option("Optimizer steps.", _STEP)] = None,
     batch: Annotated[int | None, _option("Windows a step; a multiple of the group size.", _STEP)] = None,
     length: Annotated[int | None, _option("Tokens of a window.", _STEP)] = None,
@@ -110,7 +125,7 @@ def train(
     """
     given = {name: value for name, value in locals().items() if value is not None}
     from model.config import ModelConfig
-    from model.recipe import preset_named
+    from model.recipe import SHAPE, preset_named
     from model.train import Trainer
     from model.workers import joined
 
@@ -121,7 +136,10 @@ def train(
             if name in given and validation is None:
                 raise ValueError(f"{name}: only with validation")
         start = None if start_from is None else ModelConfig.load(start_from)
-        config, settings = preset_named(preset, _changes(given), feed_forward=feed_forward or "mot", start=start)
+        shape = {name: given[name] for name in SHAPE if name in given}
+        config, settings = preset_named(
+            preset, _changes(given), shape=shape, feed_forward=feed_forward or "mot", start=start
+        )
         out.mkdir(parents=True, exist_ok=True)
         trainer = Trainer.prepare(config, settings, data, out, start=start_from, workers=workers, validation=validation)
         if trainer.resume() and workers.is_first:

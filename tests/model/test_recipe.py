@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.config import ModelConfig
 from model.errors import TrainingError
-from model.recipe import PRESETS, TrainSettings, preset_named
+from model.recipe import PRESETS, SHAPE, TrainSettings, preset_named
 from server.bench.shapes import SHAPES
 from tests.model.runs import CONFIG, SETTINGS, make_trainer
 
@@ -207,3 +208,41 @@ def test_presets() -> None:
 def test_a_setting_without_effect_is_refused(changes: dict[str, Any], kind: str, named: str) -> None:
     with pytest.raises(TrainingError, match=named):
         preset_named("tiny", changes, feed_forward=kind)
+
+
+# The model's sizes
+
+
+@given(st.fixed_dictionaries({}, optional={field: st.integers(1, 24) for field in SHAPE if field != "temperature"}))
+def test_sizes_make_a_model_or_are_refused_by_name(shape: dict[str, int]) -> None:
+    try:
+        config, _ = preset_named("tiny", {}, shape=shape)
+    except TrainingError as error:
+        assert "n_head" in str(error) and any(name in shape for name in ("n_embd", "n_head"))
+        return
+    assert {name: getattr(config, name) for name in shape} == shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "start", "named"),
+    [
+        ({"n_head": 5}, "mot", None, r"n_embd \(64\) must be a multiple of n_head \(5\)"),
+        ({"expert_size": 0}, "mot", None, "expert_size must be at least 1"),
+        ({"n_layer": 0}, "mot", None, "n_layer must be a positive"),
+        ({"temperature": -1.0}, "mot", None, "temperature must be"),
+        ({"temperature": 0.5}, "dense", None, "temperature: a dense model"),
+        ({"group_size": 3}, "dense", None, r"multiple of group_size \(3\)"),
+        ({"n_layer": 3}, "mot", ModelConfig(), "n_layer: start_from's checkpoint has its own"),
+        ({"group_size": 4}, "mot", ModelConfig(model_type="gpt2"), "group_size: a gpt2 model has no groups"),
+    ],
+)
+def test_refused_sizes(shape: dict[str, Any], kind: str, start: ModelConfig | None, named: str) -> None:
+    with pytest.raises(TrainingError, match=named):
+        preset_named("tiny", {}, shape=shape, feed_forward=kind, start=start)
+
+
+def test_sizes_are_matched_by_other_kinds() -> None:
+    config, _ = preset_named(
+        "tiny", {}, shape={"n_expert": 16, "expert_size": 8, "group_size": 2}, feed_forward="dense"
+    )
+    assert config.hidden_size == 64

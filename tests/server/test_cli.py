@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from model.checkpoint import load_model
 from model.config import ModelConfig
-from model.recipe import TrainSettings
+from model.recipe import SHAPE, TrainSettings
 from server.auth import hash_of, read_keys
 from server.cli import app, serving, training
 from server.config import Settings
@@ -68,10 +68,11 @@ def test_generate_is_the_same_with_a_seed(trained: Path) -> None:
 def test_training_goes_on_from_a_checkpoint(trained: Path, tmp_path: Path) -> None:
     found = invoke(
         "train", tmp_path / "more", "--data", trained / "text.txt", "--preset", "tiny", "--steps", 2,
-        "--start-from", trained / "out", "--final-temperature", 0.05, "--joint-copies", 2, "--json",
+        "--start-from", trained / "out", "--final-temperature", 0.05, "--joint-copies", 2, "--group-size", 2, "--json",
     )  # fmt: skip
     assert found.exit_code == 0, found.output
-    assert load_model(tmp_path / "more").config.temperature == pytest.approx(0.05)
+    config = load_model(tmp_path / "more").config
+    assert config.temperature == pytest.approx(0.05) and config.group_size == 2
 
 
 def test_a_setting_that_the_checkpoint_has_no_use_for_is_refused(tmp_path: Path) -> None:
@@ -154,7 +155,18 @@ def test_every_setting_is_a_flag() -> None:
 def test_every_setting_of_training_is_a_flag() -> None:
     flags = set(inspect.signature(training.train).parameters)
     others = {"out", "data", "preset", "feed_forward", "start_from", "validation", "device", "as_json", "shard_size"}
-    assert flags - others == {field.name for field in dataclasses.fields(TrainSettings)} - {"shard_bytes"}
+    assert flags - others == {field.name for field in dataclasses.fields(TrainSettings)} - {"shard_bytes"} | {*SHAPE}
+
+
+def test_sizes_of_a_trained_model(trained: Path, tmp_path: Path) -> None:
+    found = invoke(
+        "train", tmp_path / "run", "--data", trained / "text.txt", "--preset", "tiny", "--steps", 1, "--n-layer", 1,
+        "--n-embd", 32, "--n-head", 4, "--n-expert", 4, "--expert-size", 16, "--vocab-size", 300, "--temperature", 0.5,
+    )  # fmt: skip
+    assert found.exit_code == 0, found.output
+    config = load_model(tmp_path / "run").config
+    assert (config.n_layer, config.n_embd, config.n_head, config.n_expert, config.expert_size) == (1, 32, 4, 4, 16)
+    assert config.vocab_size == 300
 
 
 def test_flags_of_training(trained: Path, tmp_path: Path) -> None:
