@@ -20,6 +20,7 @@ from model.errors import CheckpointError
 from model.groups import Fill
 from model.kv_cache import bytes_per_block
 from model.native import Kernels, NativeUnavailable, computes_in_bfloat16, open_kernels
+from model.spread import load_curve
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from server.config import Settings
@@ -31,7 +32,7 @@ from server.engine.loop import EngineThread
 from server.engine.model_runner import ModelRunner, measure_balance
 from server.engine.request import Privacy
 from server.engine.scheduler import SchedulerLimits
-from server.engine.spread import loss_at
+from server.engine.spread import SpreadLoss, loss_at
 
 DEMO = Path(__file__).parent / "demo"  # the bundled demonstration checkpoint
 BLOCK_SIZE = 16  # tokens of one KV block
@@ -110,6 +111,15 @@ def load_privacy(folder: Path, config: ModelConfig) -> Privacy:
     return privacy
 
 
+def load_spread(folder: Path, config: ModelConfig) -> SpreadLoss:
+    """What distance costs the checkpoint, as ``motserve calibrate`` measured it; else the table of a small model that
+    was trained to about its temperature. Raises CheckpointError."""
+    curve = load_curve(folder)
+    if curve is None:
+        return loss_at(config.temperature)
+    return SpreadLoss("own", tuple(spread for spread, _ in curve), tuple(nats for _, nats in curve))
+
+
 def build_fill(settings: Settings, folder: Path, model: Transformer) -> Fill:
     """The fill that the settings ask for, with a warning where the checkpoint has no crowd."""
     if not model.config.is_grouped:
@@ -154,7 +164,7 @@ def load(settings: Settings) -> Loaded:
     if settings.quantize == "int8":
         quantize_experts(model)
     fill = build_fill(settings, folder, model)
-    engine = build_engine(settings, model, fill, load_tokenizer(folder, config))
+    engine = build_engine(settings, model, fill, load_tokenizer(folder, config), load_spread(folder, config))
     info = EngineInfo(
         model_type=config.model_type,
         vocab_size=config.vocab_size,
@@ -180,9 +190,13 @@ def load(settings: Settings) -> Loaded:
     return Loaded(served, engine.admission, name, folder)
 
 
-def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: Tokenizer | None) -> Engine:
-    """An engine around a model that is in memory. Raises ValueError naming the setting that does not fit."""
+def build_engine(
+    settings: Settings, model: Transformer, fill: Fill, tokenizer: Tokenizer | None, spread: SpreadLoss | None = None
+) -> Engine:
+    """An engine around a model that is in memory; ``spread`` None: the table for its temperature. Raises ValueError
+    naming the setting that does not fit."""
     config = model.config
+    loss = loss_at(config.temperature) if spread is None else spread
     block_bytes = bytes_per_block(config, BLOCK_SIZE, model.dtype)
     blocks = settings.kv_cache_memory // block_bytes
     if blocks < 2:
@@ -197,7 +211,7 @@ def build_engine(settings: Settings, model: Transformer, fill: Fill, tokenizer: 
         kernels.measure(model.banks[0])
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
     max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_grouped else 1)
-    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss_at(config.temperature))
+    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss)
     swap_blocks = settings.swap_memory // block_bytes
     cohort = config.group_size if config.is_grouped else 1  # those who do not mix need not wait for each other
     limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks, cohort)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from model.experiments.catalogue import Catalogue
-from model.experiments.scoring import crowd_of, private_score
 from model.experiments.suite import Suite, Trained
+from model.scoring import crowd_of, private_score
 
 _CROWDS = 8
 _LARGEST = 4  # times the group size

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from model.experiments.catalogue import Catalogue
-from model.experiments.scoring import grouped_by, mean_loss
 from model.experiments.suite import Suite, Trained
 from model.groups import Fill, GroupFill, SharedGroups
+from model.scoring import grouped_by, mean_loss
 
 _LARGEST = 4  # times the training value
 

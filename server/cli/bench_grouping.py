@@ -27,7 +27,10 @@ def grouping(
     max_groups: Annotated[
         int | None, typer.Option(min=1, help="Of the adaptive policy; default: the balance of the step cost.")
     ] = None,
-    loss: Annotated[str, typer.Option(help="mixed, annealed or auto: what distance costs.")] = "auto",
+    loss: Annotated[
+        str,
+        typer.Option(help="What distance costs: mixed, annealed (tables of a small model) or auto, the shape's own."),
+    ] = "auto",
     max_align_wait: Annotated[float, typer.Option(min=0, max=60_000, help="Milliseconds, as of serve.")] = 0.0,
     max_concurrent: Annotated[int, typer.Option(min=1)] = 256,
     prefill_tokens: Annotated[int, typer.Option(min=1)] = 512,
@@ -44,6 +47,7 @@ def grouping(
     from server.config import read_settings
     from server.engine.grouping import GroupingPolicy
     from server.engine.spread import LOSSES, loss_at
+    from server.loading import DEMO, load_spread
 
     with told(), progress("measuring") as (bar, task):
         widths = _list_of("windows", windows, int, 1, 1_000_000)
@@ -61,7 +65,8 @@ def grouping(
         else:
             settings = read_settings(flags, None)
             cost = measure_cost(shape, config, settings, lambda done: bar.update(task, completed=done))
-        chosen = loss_at(config.temperature) if loss == "auto" else LOSSES[loss]
+        own = load_spread(DEMO, config) if shape == "demo" else loss_at(config.temperature)
+        chosen = own if loss == "auto" else LOSSES[loss]
         adaptive = GroupingPolicy(config.group_size, None, max_groups or cost.balance, chosen)
         named = policies(config.group_size, widths, adaptive)
         for name, policy in named.items():

@@ -25,11 +25,13 @@ def calibrate(
     kernels: Annotated[str, typer.Option(help="auto, native or plain.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Record the reference crowd, how many of it a token must beat at T = 0, and pick the default private temperature
-    and skip threshold."""
+    """Record the reference crowd, how many of it a token must beat at T = 0, pick the default private temperature and
+    skip threshold, and measure what it costs that members of a group are positions apart."""
     from model import calibrate as calibration
     from model import reference
     from model.evaluate import open_for_scoring
+    from model.groups import Fill
+    from model.spread import measured_curve, save_curve
     from server.loading import resolve_kernels
 
     with told(), progress("calibrating") as (bar, task):
@@ -50,6 +52,14 @@ def calibrate(
             tried.append(candidate)
             bar.update(task, completed=min(0.99, 0.5 + number / 20), note=f"ratio {candidate.ratio:.4f}")
             print_result({"mode": "private", **vars(candidate)}, as_json=as_json)
+        curve = [(0, 0.0)]
+        fill = Fill("reference", crowd)
+        for apart, nats in measured_curve(
+            opened.model, opened.windows, fill, lambda done: bar.update(task, completed=done)
+        ):
+            curve.append((apart, nats))
+            print_result({"positions_apart": apart, "nats": nats}, as_json=as_json)
+        save_curve(curve, model)
         chosen = calibration.choose(tried)
         calibration.save_pair(chosen, model)
         print_result({"chosen": True, **vars(chosen), "fingerprint": crowd.fingerprint}, as_json=as_json)

@@ -1,7 +1,8 @@
 """What it costs that members of a group are positions apart, as measured. Knows no group.
 
-Nats per token above mixing at equal positions, on a small model, for groups whose members lie up to so many positions
-apart; linear in between, flat beyond the last figure.
+Nats per token above mixing at equal positions, for groups whose members lie up to so many positions apart; linear in
+between, flat beyond the last figure. ``motserve calibrate`` measures a checkpoint's own; the tables here are of a small
+model (DESIGN, section 1) and stand in for it where it was not measured.
 """
 
 from __future__ import annotations

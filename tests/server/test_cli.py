@@ -39,7 +39,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     found = invoke("calibrate", folder / "out", "--data", text, "--validation", text, "--windows", 8, "--json")
     assert found.exit_code == 0, found.output
-    assert json.loads(found.stdout.splitlines()[-1])["chosen"] is True
+    *measured, chosen = (json.loads(line) for line in found.stdout.splitlines())
+    assert chosen["chosen"] is True
+    assert [result["positions_apart"] for result in measured if "nats" in result] == [1, 4, 16, 32]
     return folder
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.config import ModelConfig
+from model.spread import save_curve
 from model.transformer import Transformer
 from server.config import read_settings
-from server.loading import load, quantize_experts, resolve_device, resolve_dtype, resolve_kernels
+from server.engine.spread import ANNEALED
+from server.loading import load, load_spread, quantize_experts, resolve_device, resolve_dtype, resolve_kernels
 
 CPU = torch.device("cpu")
 
@@ -58,3 +61,16 @@ def test_what_starting_imports() -> None:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert found.stdout.strip() == "False"
+
+
+def test_groups_are_weighed_by_what_distance_costs_the_checkpoint(tmp_path: Path) -> None:
+    config = ModelConfig(temperature=0.1)
+    assert load_spread(tmp_path, config) is ANNEALED
+    save_curve([(0, 0.0), (2, 0.25)], tmp_path)
+    found = load_spread(tmp_path, config)
+    assert (found.of(1), found.of(2), found.of(99)) == (0.125, 0.25, 0.25)
+
+
+def test_the_bundled_checkpoint_knows_what_distance_costs() -> None:
+    engine = load(read_settings({"kv_cache_memory": "16MiB", "log_level": "error"}, None)).engine.direct
+    assert engine.grouping.loss.name == "own"

@@ -16,16 +16,16 @@ from model.errors import TrainingError
 from model.evaluate import Evaluator
 from model.experiments import experiments as catalogue_of
 from model.experiments.catalogue import Catalogue
-from model.experiments.distance import decode_keys, full_steps, head_starts
 from model.experiments.experiments import EXPERIMENTS, experiments_named
 from model.experiments.runs import Run
 from model.experiments.scales import scale_named
-from model.experiments.scoring import grouped_by, private_score, token_losses
 from model.experiments.steps import reaches, spread
 from model.experiments.suite import Suite
 from model.groups import Fill
 from model.mixing import WholeSequences
 from model.native import Kernels, NativeUnavailable, open_kernels
+from model.scoring import grouped_by, private_score, token_losses
+from model.spread import decode_keys, full_steps, head_starts
 
 TEXT = "\n\n".join(f"The {n} boats went out at {n * 7 % 11} and came home in the rain." for n in range(900))
 SCALE = scale_named("tiny")
