@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.memory import empty_in_large_pages
 
 Activation = Callable[[Tensor], Tensor]
+_BETWEEN = 0.25  # how far from a whole number a weight must lie to be rounded away from it
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -103,22 +104,44 @@ class ExpertBank(nn.Module):
             setattr(part, name, getattr(self, name))
         return part
 
-    def quantize(self) -> None:
-        """Round the experts to int8, symmetric about zero, in place. Not to be trained afterwards."""
-        self.lin1, self.scale1 = _to_int8(self.lin1)
-        self.lin2, self.scale2 = _to_int8(self.lin2)
+    def quantize(self, common: Tensor | None = None) -> None:
+        """Round the experts to int8, symmetric about zero, in place. Not to be trained afterwards. ``common [D]``: what
+        all tokens have in common, such as the bias of the layer norm before; then the errors of rounding, which it
+        would add up, cancel along it."""
+        self.lin1, self.scale1 = _to_int8(self.lin1, common)
+        self.lin2, self.scale2 = _to_int8(self.lin2, None)
 
 
-def _to_int8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
+def _to_int8(weight: Tensor, common: Tensor | None) -> tuple[nn.Parameter, Tensor]:
     """``weight [E, in, out]`` to integers from -127 to 127 and float32 scales ``[E, out]``."""
     scale = weight.detach().abs().amax(1).float().clamp_(min=1e-30) / 127
     if weight.is_cpu:
         rounded = empty_in_large_pages(tuple(weight.shape), torch.int8)
     else:
         rounded = torch.empty_like(weight, dtype=torch.int8)
-    for whole, one, by in zip(rounded, weight.detach(), scale, strict=True):
-        whole.copy_((one.float() / by).round_())
+    if common is None:
+        for whole, one, by in zip(rounded, weight.detach(), scale, strict=True):
+            whole.copy_((one.float() / by).round_())
+    else:
+        _round_along(weight.detach(), scale, common.detach().float(), rounded)
     return nn.Parameter(rounded, requires_grad=False), scale
+
+
+def _round_along(weight: Tensor, scale: Tensor, common: Tensor, rounded: Tensor) -> None:
+    """Into ``rounded``: each column so that its product with ``common [in]`` stays what it was. Mixing weights sum to
+    1, so every mix contains ``common`` whole, and where that is many times what tells tokens apart, plain rounding
+    errs by as many times more. Inputs take turns, the largest of ``common`` first; one that lies between two integers
+    takes the one that brings the error so far back towards 0."""
+    error = torch.zeros_like(scale)
+    for place in common.abs().argsort(descending=True, stable=True).tolist():
+        exact = weight[:, place].float() / scale
+        nearest = exact.round()
+        other = nearest + torch.where(nearest > exact, -1.0, 1.0)
+        with_nearest, with_other = (error + (whole - exact) * common[place] for whole in (nearest, other))
+        between = ((exact - nearest).abs() > _BETWEEN) & (other.abs() <= 127)
+        turned = between & (with_other.abs() < with_nearest.abs())
+        error = torch.where(turned, with_other, with_nearest)
+        rounded[:, place] = torch.where(turned, other, nearest).to(torch.int8)
 
 
 def _one_hot_at_maximum(values: Tensor, dim: int) -> Tensor:

@@ -243,7 +243,7 @@ def preset_named(
     among ``SHAPE``, before another kind of layer is matched to it.
 
     - ``tiny`` is done in seconds.
-    - ``demo`` is the bundled checkpoint's recipe.
+    - ``demo``: the bundled checkpoint's shape, and a recipe that takes two cores an hour or two.
     - ``paper``: the small model of Antoniak et al. (arXiv 2310.15961), at their peak rates: 2e-3 for MoT, 4e-3 for
       dense.
     - ``mot-medium``: the published checkpoint's shape. Its rate is ours, not the authors'.

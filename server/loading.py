@@ -138,8 +138,8 @@ def quantize_experts(model: Transformer) -> None:
     """Experts to int8, layer by layer. Raises ValueError for a model that has none."""
     if not model.banks:
         raise ValueError("quantize: int8 is for experts, and a dense model has none")
-    for bank in model.banks:
-        bank.quantize()
+    for block, bank in zip(model.blocks, model.banks, strict=True):
+        bank.quantize(block.ln_2.bias)
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:

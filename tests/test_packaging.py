@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DEMO = ["config.json", "model.safetensors", "tokenizer.json", "reference.safetensors", "private.json", "MODEL_CARD.md"]
+DEMO = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "reference.safetensors",
+    "private.json",
+    "grouping.json",
+    "MODEL_CARD.md",
+]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def train(
     preset: Annotated[
         str,
         typer.Option(
-            help="demo: the bundled checkpoint's recipe; tiny: seconds, for a try; paper: the small model of "
+            help="demo: the bundled checkpoint's shape; tiny: seconds, for a try; paper: the small model of "
             "arXiv 2310.15961; mot-medium: the published checkpoint's shape. Options without a value of their own "
             "have the preset's.",
             rich_help_panel=_MODEL,
