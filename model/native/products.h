@@ -155,49 +155,79 @@ void row_products(const float* const* rows_of_terms, long rows, const W* b, long
 
 // Products with weights [N, K], their rows a stride apart: LANES accumulators an output, over k in ascending order.
 
-template <int R, int C, class W>
-inline void dot_block(const float* const* a, const W* b, long K, long stride, float* const* c) {
+// Nothing to fetch.
+struct NothingAhead {
+    template <long columns, int rows>
+    void fetch(long) const {}
+};
+
+template <int R, int C, class W, class A>
+inline void dot_block(const float* const* a, const W* b, long K, long stride, const A& ahead, float* const* c) {
     vec total[R][C] = {};
     long k = 0;
     for (; k + LANES <= K; k += LANES) {
-        vec x[R];
-        for (int r = 0; r < R; ++r) x[r] = load(a[r] + k);
-        if constexpr (R * C + R < 16)
-            for (int r = 0; r < R; ++r) keep(x[r]);
-        for (int j = 0; j < C; ++j) {
-            const vec w = load(b + j * stride + k);
-            for (int r = 0; r < R; ++r) total[r][j] = fused(x[r], w, total[r][j]);
+        ahead.template fetch<C * LANES, 1>(k / LANES);
+        if constexpr (R < C) {  // the fewer stay in registers
+            vec x[R];
+            for (int r = 0; r < R; ++r) x[r] = load(a[r] + k), keep(x[r]);
+            for (int j = 0; j < C; ++j) {
+                const vec w = load(b + j * stride + k);
+                for (int r = 0; r < R; ++r) total[r][j] = fused(x[r], w, total[r][j]);
+            }
+        } else {
+            vec w[C];
+            for (int j = 0; j < C; ++j) w[j] = load(b + j * stride + k), keep(w[j]);
+            for (int r = 0; r < R; ++r) {
+                const vec x = load(a[r] + k);
+                for (int j = 0; j < C; ++j) total[r][j] = fused(x, w[j], total[r][j]);
+            }
         }
     }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < C; ++j) c[r][j] = sum(total[r][j]);  // by itself: else compilers keep sums in memory
+    if (k == K) return;
     for (int r = 0; r < R; ++r)
         for (int j = 0; j < C; ++j) {
             float rest = 0;
             for (long i = k; i < K; ++i) rest = fused(a[r][i], value(b + j * stride + i), rest);
-            c[r][j] = sum(total[r][j]) + rest;
+            c[r][j] += rest;
         }
 }
 
+constexpr long DOT_STRIPE = 24;  // columns that all rows are multiplied by in turn; a multiple of all C below
+
+// Columns [begin, end) of R rows, C at once as long as there are so many; those that come next are fetched meanwhile.
 template <int R, int C, class W>
-void dot_range(const float* const* a, const W* b, long K, long begin, long end, float* const* c) {
-    long j = begin;
+void dot_range(const float* const* a, const W* b, long K, long begin, long end, Tile tile, float* const* c) {
     float* at[R];
+    const auto shifted = [&](long j) {
+        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
+        return at;
+    };
+    const long distance = tile.count == 1 ? C : DOT_STRIPE, skipped = tile.number * (K / LANES) / tile.count;
+    long j = begin;
     for (; j + C <= end; j += C) {
-        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
-        dot_block<R, C>(a, b + j * K, K, K, at);
+        const Ahead<W> ahead{b + (j + distance) * K + skipped * C * LANES, C * LANES, 256 / tile.count};
+        dot_block<R, C>(a, b + j * K, K, K, ahead, shifted(j));
     }
-    for (; j < end; ++j) {
-        for (int r = 0; r < R; ++r) at[r] = c[r] + j;
-        dot_block<R, 1>(a, b + j * K, K, K, at);
-    }
+    for (; j < end; ++j) dot_block<R, 1>(a, b + j * K, K, K, NothingAhead(), shifted(j));
 }
 
 template <class W>
 void dot_products(const float* const* a, long rows, const W* b, long K, long begin, long end, float* const* c) {
-    long r = 0;
-    for (; r + 4 <= rows; r += 4) dot_range<4, 3>(a + r, b, K, begin, end, c + r);
-    if (rows - r == 3) dot_range<3, 4>(a + r, b, K, begin, end, c + r);
-    if (rows - r == 2) dot_range<2, 4>(a + r, b, K, begin, end, c + r);
-    if (rows - r == 1) dot_range<1, 8>(a + r, b, K, begin, end, c + r);
+    const long stripe = rows > 4 ? DOT_STRIPE : end - begin;
+    for (; begin < end; begin += stripe) {
+        const long to = std::min(end, begin + stripe);
+        Tile tile{0, (rows + 3) / 4};
+        for (; tile.number < rows / 4; ++tile.number) {
+            const long r = 4 * tile.number;
+            dot_range<4, 3>(a + r, b, K, begin, to, tile, c + r);
+        }
+        const long r = 4 * tile.number;
+        if (rows - r == 3) dot_range<3, 4>(a + r, b, K, begin, to, tile, c + r);
+        if (rows - r == 2) dot_range<2, 4>(a + r, b, K, begin, to, tile, c + r);
+        if (rows - r == 1) dot_range<1, 8>(a + r, b, K, begin, to, tile, c + r);
+    }
 }
 
 inline std::vector<const float*> row_pointers(const float* base, long rows, long width) {
