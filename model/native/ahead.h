@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cstdint>
+
 namespace {
 
 // Rows of weights, a stride apart: share / 256 of a row a step, and always whole ones.
@@ -12,7 +14,7 @@ struct Ahead {
 
     template <long columns, int rows>
     void fetch(long step) const {
-        const W* row = at + (step * share / 256) * stride;
+        const W* row = at + long(uint64_t(step * share) / 256) * stride;
         for (int r = 0; r < rows; ++r)
             for (long i = 0; i < columns; i += 64 / long(sizeof(W))) __builtin_prefetch(row + r * stride + i, 0, 2);
     }

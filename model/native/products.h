@@ -36,7 +36,7 @@ inline void column_block(const float* const* a, const B* b, long terms, long N, 
             continue;
         }
         vec w[V];
-        for (int v = 0; v < V; ++v) w[v] = load(b + k * N + v * LANES), keep(w[v]);
+        for (int v = 0; v < V; ++v) w[v] = kept(load(b + k * N + v * LANES));
         for (int r = 0; r < R; ++r) {
             const vec x = broadcast(a[r][k]);
             for (int v = 0; v < V; ++v) total[r][v] = fused(x, w[v], total[r][v]);
@@ -169,14 +169,14 @@ inline void dot_block(const float* const* a, const W* b, long K, long stride, co
         ahead.template fetch<C * LANES, 1>(k / LANES);
         if constexpr (R < C) {  // the fewer stay in registers
             vec x[R];
-            for (int r = 0; r < R; ++r) x[r] = load(a[r] + k), keep(x[r]);
+            for (int r = 0; r < R; ++r) x[r] = kept(load(a[r] + k));
             for (int j = 0; j < C; ++j) {
                 const vec w = load(b + j * stride + k);
                 for (int r = 0; r < R; ++r) total[r][j] = fused(x[r], w, total[r][j]);
             }
         } else {
             vec w[C];
-            for (int j = 0; j < C; ++j) w[j] = load(b + j * stride + k), keep(w[j]);
+            for (int j = 0; j < C; ++j) w[j] = kept(load(b + j * stride + k));
             for (int r = 0; r < R; ++r) {
                 const vec x = load(a[r] + k);
                 for (int j = 0; j < C; ++j) total[r][j] = fused(x, w[j], total[r][j]);

@@ -115,15 +115,14 @@ inline float fused(float a, float b, float c) { return a * b + c; }
 inline vec fused(vec a, vec b, vec c) { return a * b + c; }
 #endif
 
-// Stay in a register: compilers like to read memory anew for every use, more often than processors can.
-inline void keep(vec& v) {
+// Stays in a register: compilers like to read memory anew for every use, more often than processors can.
+inline vec kept(vec v) {
 #if defined(__AVX512F__) && MOTSERVE_LANES == 16
     asm("" : "+v"(v));
 #elif defined(__AVX2__) && MOTSERVE_LANES == 8
     asm("" : "+x"(v));
-#else
-    (void)v;
 #endif
+    return v;
 }
 
 inline vec maximum(vec a, vec b) { return a > b ? a : b; }
