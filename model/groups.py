@@ -67,6 +67,12 @@ class SharedGroups:
         if fill.kind == "none":
             self._empty = torch.ones(positions.shape[0] * self._size, dtype=torch.bool, device=positions.device)
             self._empty[places] = False
+        # Full groups of all rows in their order, as most are when many requests advance together: nothing to gather.
+        full = positions.shape[0] * self._size
+        self._in_order = rows.shape[0] == full and kernels is not None
+        if self._in_order:
+            order = torch.arange(full, device=rows.device)
+            self._in_order = torch.equal(rows, order) and torch.equal(places, order)
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         mixes, emit = self.mix(layer, bank, x)
@@ -78,7 +84,7 @@ class SharedGroups:
 
     def mix(self, layer: int, bank: ExpertBank, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the experts get ``[E, n, D]``, and the weights by which their answers count ``[n, G, E]``."""
-        live = x[self._rows]
+        live = x[: self._rows.shape[0]] if self._in_order else x[self._rows]
         members, scores = self._gather(layer, bank, live)
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
@@ -94,6 +100,8 @@ class SharedGroups:
         if self._kernels is not None:
             outputs = outputs.float()
         out = torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
+        if self._in_order and self._rows.shape[0] == x.shape[0]:
+            return out.view(x.shape).to(x.dtype)
         result = torch.zeros_like(x)
         result.index_copy_(0, self._rows, out.view(-1, x.shape[1])[self._places].to(x.dtype))
         return result
@@ -108,6 +116,8 @@ class SharedGroups:
         else:
             own = exact_products(live, bank.controller)
         own = bank.scores(own)
+        if self._in_order:
+            return live.to(dtype).view(count, self._size, width), own.view(count, self._size, -1)
         if self._fill.crowd is None:
             members = own.new_zeros(count, self._size, width, dtype=dtype)
             scores = own.new_zeros(count, self._size, own.shape[1])

@@ -131,11 +131,15 @@ class PagedAttention:
     ) -> None:
         self._cache, self._heads, self._size = cache, config.n_head, config.head_size
         self._slots, self._segments, self._single = slots, segments, single
+        # All rows, one by one, in their order: nothing to gather.
+        self._only_single = single is not None and torch.equal(single.rows, torch.arange(slots.shape[0]))
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         rows = qkv.shape[0]
         queries, keys, values = qkv.view(rows, 3, self._heads, self._size).unbind(1)
         self._cache.write(layer, self._slots, keys, values)
+        if self._single is not None and self._only_single:
+            return self._alone(layer, queries, self._single).view(rows, -1).to(qkv.dtype)
         out = torch.zeros_like(queries)
         for segment in self._segments:
             k, v = self._cache.read(layer, segment.tables, segment.context)
@@ -146,11 +150,13 @@ class PagedAttention:
             seen = seen.transpose(1, 2).reshape(-1, self._heads, self._size)
             out.index_copy_(0, segment.rows, seen.to(out.dtype))
         if self._single is not None:
-            single = self._single
-            k, v = self._cache.layer(layer)
-            seen = single.kernels.attend(queries[single.rows], k, v, single.tables, single.lengths)
-            out.index_copy_(0, single.rows, seen.to(out.dtype))
+            seen = self._alone(layer, queries[self._single.rows], self._single)
+            out.index_copy_(0, self._single.rows, seen.to(out.dtype))
         return out.view(rows, -1)
+
+    def _alone(self, layer: int, queries: Tensor, single: SingleRows) -> Tensor:
+        k, v = self._cache.layer(layer)
+        return single.kernels.attend(queries, k, v, single.tables, single.lengths)
 
 
 def _zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -16,11 +16,11 @@ void key_scores(const float* query, const W* keys, long count, long size, long s
     long t = 0;
     for (; t + 4 <= count; t += 4) {
         float* to = scores + t;
-        dot_block<1, 4>(&query, keys + t * stride, size, stride, &to);
+        dot_block<1, 4>(&query, keys + t * stride, size, stride, NothingAhead(), &to);
     }
     for (; t < count; ++t) {
         float* to = scores + t;
-        dot_block<1, 1>(&query, keys + t * stride, size, stride, &to);
+        dot_block<1, 1>(&query, keys + t * stride, size, stride, NothingAhead(), &to);
     }
     for (t = 0; t < count; ++t) scores[t] *= scale;
 }

@@ -41,7 +41,7 @@ void product(const float* const* in, long rows, const W* b, long K, long N, cons
         pair_products(packed.rows.data(), rows, b, K, N, 0, N, then, out);
         for (long r = 0; r < rows; ++r) Paired<W>::finish(out[r], N, packed.scales[r], scales);
     } else {
-        row_products(in, rows, b, K, N, 0, N, out);
+        row_products(in, rows, b, K, N, 0, N, then, out);
         if (scales == nullptr) return;
         for (long r = 0; r < rows; ++r)
             for (long j = 0; j < N; ++j) out[r][j] *= scales[j];
@@ -76,7 +76,7 @@ void linear(const float* x, const W* weight, const float* bias, float* out, long
         const long begin = s * stripe, end = std::min(N, begin + stripe);
         if (paired) paired_stripe(packed, rows, weight, K, N, begin, end, by_output, to.data());
         else if (by_output) dot_products(from.data(), rows, weight, K, begin, end, to.data());
-        else row_products(from.data(), rows, weight, K, N, begin, end, to.data());
+        else row_products(from.data(), rows, weight, K, N, begin, end, weight + end - begin, to.data());
         if (bias != nullptr)
             for (long r = 0; r < rows; ++r)
                 for (long j = begin; j < end; ++j) to[r][j] += bias[j];

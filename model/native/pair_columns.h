@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "ahead.h"
 #include "pairs.h"
 
 #ifdef MOTSERVE_PAIRS
@@ -73,25 +74,9 @@ struct PackedPairs {
     }
 };
 
-// Memory that will be needed next, fetched while a block is computed: rows of so many bytes, a stride apart, share / 256
-// of a row a step (and always two of them).
-struct Ahead {
-    const char* at;
-    long stride, share;
-
-    template <long bytes>
-    void fetch(long step) const {
-        const char* row = at + (step * share / 256) * stride;
-        for (long i = 0; i < bytes; i += 64) {
-            __builtin_prefetch(row + i, 0, 2);
-            __builtin_prefetch(row + stride + i, 0, 2);
-        }
-    }
-};
-
 // R rows by V times PAIR_COLUMNS columns over so many pairs of terms; with more, going on from the sums in c.
 template <class W, int R, int V, class Weights>
-inline void pair_block(const uint32_t* const* a, long pairs, const Weights& weights, bool more, const Ahead& ahead,
+inline void pair_block(const uint32_t* const* a, long pairs, const Weights& weights, bool more, const Ahead<W>& ahead,
                        float* const* c) {
     typedef Paired<W> P;
     typename P::sums total[R][2 * V] = {};
@@ -103,7 +88,7 @@ inline void pair_block(const uint32_t* const* a, long pairs, const Weights& weig
                 from_floats(first, total[r][2 * v]), from_floats(second, total[r][2 * v + 1]);
             }
     for (long k = 0; k < pairs; ++k) {
-        ahead.fetch<V * PAIR_COLUMNS * sizeof(W)>(k);
+        ahead.template fetch<V * PAIR_COLUMNS, 2>(k);
         if constexpr (R <= V) {
             __m512i x[R];
             for (int r = 0; r < R; ++r) x[r] = _mm512_set1_epi32(a[r][k]);
@@ -140,7 +125,7 @@ constexpr long PAIR_TILE = 6;         // rows at once, by registers
 // Fewer columns than a block has: by a copy of their sums, filled up.
 template <class W, int R, class Weights>
 void pair_tail(const uint32_t* const* a, long pairs, const Weights& weights, long columns, bool more,
-               const Ahead& ahead, float* const* c) {
+               const Ahead<W>& ahead, float* const* c) {
     float sums[R][PAIR_COLUMNS] = {};
     float* at[R];
     for (int r = 0; r < R; ++r) {
@@ -151,27 +136,9 @@ void pair_tail(const uint32_t* const* a, long pairs, const Weights& weights, lon
     for (int r = 0; r < R; ++r) std::memcpy(c[r], sums[r], columns * sizeof(float));
 }
 
-// Terms [first, first + terms) of a product with weights [K, N], and what to fetch meanwhile: the same columns of the
-// next terms or, when all columns are wanted, whatever comes next in memory.
-template <class W>
-struct PairPart {
-    const W* b;  // the first term's weights
-    long terms, N;
-    const W* next;  // the weights of the next part's first term
-    bool whole;     // all columns are wanted
-    bool more;      // sums have begun
-
-    // While one of so many tiles of rows is multiplied by these columns.
-    Ahead ahead(long j, long columns, long tile = 0, long tiles = 1) const {
-        const long stride = (whole ? columns : N) * sizeof(W);
-        const char* at = reinterpret_cast<const char*>(whole ? next + j * terms : next + j);
-        return {at + tile * terms / tiles * stride, stride, 512 / tiles};
-    }
-};
-
 // R rows, from the weights' own rows: V blocks of columns at once as long as there are so many, then half as many.
 template <class W, int R, int V>
-void pair_range(const uint32_t* const* a, const PairPart<W>& part, long begin, long end, float* const* c) {
+void pair_range(const uint32_t* const* a, const Part<W>& part, long begin, long end, float* const* c) {
     constexpr long width = V * PAIR_COLUMNS;
     const uint32_t* last[R];
     for (int r = 0; r < R; ++r) last[r] = a[r] + part.terms / 2;
@@ -180,10 +147,10 @@ void pair_range(const uint32_t* const* a, const PairPart<W>& part, long begin, l
     for (; j + width <= end; j += width) {
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
         const WeightRows<W> weights{part.b + j, part.N};
-        pair_block<W, R, V>(a, part.terms / 2, weights, part.more, part.ahead(j, width), at);
+        pair_block<W, R, V>(a, part.terms / 2, weights, part.more, part.ahead(j, width, 2), at);
         if (part.terms % 2) {
             const WeightRest<W> rest{part.b + (part.terms - 1) * part.N + j, part.N, 1, 0xffffffff};
-            pair_block<W, R, V>(last, 1, rest, part.more || part.terms > 1, part.ahead(j, width), at);
+            pair_block<W, R, V>(last, 1, rest, part.more || part.terms > 1, part.ahead(j, width, 2), at);
         }
     }
     if (j == end) return;
@@ -192,14 +159,14 @@ void pair_range(const uint32_t* const* a, const PairPart<W>& part, long begin, l
     } else {
         for (int r = 0; r < R; ++r) at[r] = c[r] + j;
         const WeightRest<W> rest{part.b + j, part.N, part.terms, (1u << (end - j)) - 1};
-        pair_tail<W, R>(a, (part.terms + 1) / 2, rest, end - j, part.more, part.ahead(j, end - j), at);
+        pair_tail<W, R>(a, (part.terms + 1) / 2, rest, end - j, part.more, part.ahead(j, end - j, 2), at);
     }
 }
 
 // Up to PAIR_TILE rows by a panel of at most PANEL_COLUMNS columns that has been copied together.
 template <class W, int R>
 void pair_panel(long rows, const uint32_t* const* a, long pairs, const __m512i* panel, long columns, bool more,
-                const Ahead& ahead, float* const* c) {
+                const Ahead<W>& ahead, float* const* c) {
     if constexpr (R > 1) {
         if (rows < R) return pair_panel<W, R - 1>(rows, a, pairs, panel, columns, more, ahead, c);
     }
@@ -215,7 +182,7 @@ void pair_panel(long rows, const uint32_t* const* a, long pairs, const __m512i* 
 }
 
 template <class W>
-void pack_panel(const PairPart<W>& part, long j, long columns, __m512i* panel) {
+void pack_panel(const Part<W>& part, long j, long columns, __m512i* panel) {
     for (long v = 0; v < columns; v += PAIR_COLUMNS, panel += 2) {
         const __mmask32 mask = columns - v < PAIR_COLUMNS ? (1u << (columns - v)) - 1 : 0xffffffff;
         const WeightRest<W> rest{part.b + j + v, part.N, part.terms, mask};
@@ -230,7 +197,7 @@ void pack_panel(const PairPart<W>& part, long j, long columns, __m512i* panel) {
 
 // The same with weights copied together, panel by panel, for many rows.
 template <class W>
-void pair_panels(const uint32_t* const* a, long rows, const PairPart<W>& part, long begin, long end, float* const* c) {
+void pair_panels(const uint32_t* const* a, long rows, const Part<W>& part, long begin, long end, float* const* c) {
     alignas(64) __m512i panel[PAIR_PART / 2 * PANEL_COLUMNS / 16];
     const long tiles = (rows + PAIR_TILE - 1) / PAIR_TILE;
     std::vector<float*> at(rows);
@@ -239,7 +206,7 @@ void pair_panels(const uint32_t* const* a, long rows, const PairPart<W>& part, l
         pack_panel(part, j, columns, panel);
         for (long r = 0; r < rows; ++r) at[r] = c[r] + j;
         for (long tile = 0; tile < tiles; ++tile) {
-            const Ahead ahead = part.ahead(j, columns, tile, tiles);
+            const Ahead<W> ahead = part.ahead(j, columns, 2, {tile, tiles});
             const long from = tile * rows / tiles, to = (tile + 1) * rows / tiles;
             pair_panel<W, PAIR_TILE>(to - from, a + from, (part.terms + 1) / 2, panel, columns, part.more, ahead,
                                      &at[from]);
@@ -258,7 +225,7 @@ void pair_products(const uint32_t* const* rows_of_pairs, long rows, const W* b, 
     for (long first = 0; first < K; first += step) {
         const long terms = std::min(step, K - first);
         const W* at = b + first * N;
-        const PairPart<W> part{at, terms, N, first + terms < K ? at + terms * N : then, begin == 0 && end == N,
+        const Part<W> part{at, terms, N, first + terms < K ? at + terms * N : then, begin == 0 && end == N,
                                first > 0};
         for (long r = 0; r < rows; ++r) a[r] = rows_of_pairs[r] + first / 2;
         if (packed) pair_panels(a.data(), rows, part, begin, end, c);

@@ -79,12 +79,20 @@ inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline vec broadcast(float x) { return x - vec{}; }  // minus zero would turn -0 to +0 the other way round
 
+// In halves.
 inline float sum(vec v) {
+#if defined(__AVX2__) && MOTSERVE_LANES == 8
+    const __m256 all = (__m256)v;
+    const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    const __m128 twos = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+    return _mm_cvtss_f32(_mm_add_ss(twos, _mm_movehdup_ps(twos)));
+#else
     float parts[LANES];
     std::memcpy(parts, &v, sizeof v);
     for (long half = LANES / 2; half > 0; half /= 2)
         for (long i = 0; i < half; ++i) parts[i] += parts[i + half];
     return parts[0];
+#endif
 }
 
 // a * b + c in one rounding, where the processor has it; the same for vectors and single numbers.
@@ -107,15 +115,14 @@ inline float fused(float a, float b, float c) { return a * b + c; }
 inline vec fused(vec a, vec b, vec c) { return a * b + c; }
 #endif
 
-// Stay in a register: compilers like to read memory anew for every use, more often than processors can.
-inline void keep(vec& v) {
+// Stays in a register: compilers like to read memory anew for every use, more often than processors can.
+inline vec kept(vec v) {
 #if defined(__AVX512F__) && MOTSERVE_LANES == 16
     asm("" : "+v"(v));
 #elif defined(__AVX2__) && MOTSERVE_LANES == 8
     asm("" : "+x"(v));
-#else
-    (void)v;
 #endif
+    return v;
 }
 
 inline vec maximum(vec a, vec b) { return a > b ? a : b; }

@@ -27,7 +27,8 @@ _CONTEXT = 128  # tokens that attention looks back on
 @dataclass(frozen=True)
 class KernelResult:
     """``groups``: groups, rows or sequences at once. Fractions are of the machine's limits as measured just before, of
-    the bytes and operations that this mode must read and do at least; ``bmm_`` is torch's batched product on the same
+    the bytes and operations that this mode must read and do at least (``limits.matmul_dtype`` says in which type the
+    machine multiplies fastest); ``bmm_`` is torch's batched product on the same
     experts, where it is the plain alternative. ``experts``: used by a row, where that varies."""
 
     kernel: str

@@ -15,30 +15,36 @@ from model.memory import empty_in_large_pages
 
 _READ_BYTES = 2**28  # beyond any cache
 _SQUARE = 1024
+_SMALL = 256  # tells the faster type, in little time by the slower one too
+_LONG = 1.0  # seconds
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``bandwidth`` in bytes a second; ``matmul`` in operations a second of a large product of the type asked for."""
+    """``bandwidth`` in bytes a second; ``matmul`` in operations a second of a large product in ``matmul_dtype``: the
+    type asked for or, on a CPU that is faster in it, float32."""
 
     device: str
     threads: int
     bandwidth: float
     matmul: float
+    matmul_dtype: str
 
     def as_dict(self) -> dict[str, object]:
         return {f"machine_{name}": value for name, value in asdict(self).items()}
 
 
 def seconds_of(work: Callable[[], object], *, repeats: int = 5, device: torch.device | None = None) -> float:
-    """Median time of ``work``, after one run that is not counted."""
-    times = []
+    """Median time of ``work``, after one run that is not counted unless it is so long that it must do."""
+    times: list[float] = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         work()
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
+        if times[0] > _LONG:
+            return times[0]
     return statistics.median(times[1:])
 
 
@@ -52,7 +58,10 @@ class Machine:
             words = empty_in_large_pages((_READ_BYTES // 4,), torch.float32).fill_(1)
         else:
             words = torch.ones(_READ_BYTES // 4, device=device)
-        self._square = torch.ones(_SQUARE, _SQUARE, dtype=dtype, device=device)
+        types = (dtype,) if device.type != "cpu" else (dtype, torch.float32)
+        squares = [torch.ones(_SMALL, _SMALL, dtype=each, device=device) for each in types]
+        self._type = min(squares, key=lambda each: seconds_of(lambda: each @ each, device=device)).dtype
+        self._square = torch.ones(_SQUARE, _SQUARE, dtype=self._type, device=device)
         ways: tuple[Callable[[], Tensor], ...] = (words.sum, words.max, words.view(torch.int32).max)
         self._read = min(ways, key=lambda way: seconds_of(way, device=device))
 
@@ -60,7 +69,8 @@ class Machine:
     def limits(self, repeats: int = 3) -> Limits:
         reading = seconds_of(self._read, repeats=repeats, device=self.device)
         product = seconds_of(lambda: self._square @ self._square, repeats=repeats, device=self.device)
-        return Limits(str(self.device), torch.get_num_threads(), _READ_BYTES / reading, 2 * _SQUARE**3 / product)
+        name = str(self._type).removeprefix("torch.")
+        return Limits(str(self.device), torch.get_num_threads(), _READ_BYTES / reading, 2 * _SQUARE**3 / product, name)
 
 
 def median_of(found: Sequence[Limits]) -> Limits:

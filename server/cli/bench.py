@@ -67,13 +67,17 @@ def engine(
     kernels: str = "auto",
     group_fill: str = "reference",
     baseline: Annotated[
-        bool, typer.Option("--baseline", help="Also a plain torch loop over the model, in float32 and bfloat16.")
+        bool,
+        typer.Option(
+            "--baseline", help="Also a plain torch loop over the model in float32 and, where it is native, bfloat16."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decode and prefill tokens a second of the engine alone, and where a step's time goes."""
     import torch
 
+    from model.native import computes_in_bfloat16
     from server.bench.baseline import plain_rate
     from server.bench.engine import EngineLoad, bench_engine
     from server.bench.machine import machine_of
@@ -117,7 +121,11 @@ def engine(
             raise ValueError(str(error)) from None
         if not baseline:
             return
-        for name in ("float32", "bfloat16"):
+        names = ["float32", "bfloat16"]
+        if machine.device.type == "cpu" and not computes_in_bfloat16():
+            names.remove("bfloat16")
+            typer.echo("no baseline in bfloat16: this processor does not compute in it", err=True)
+        for name in names:
             plain = copy.deepcopy(tested.runner.model).to(getattr(torch, name))
             for count, rate in public.items():
                 slow = plain_rate(plain, count, prompt_tokens, output_tokens, repeats)
@@ -181,7 +189,8 @@ def kernel(
     kernels: str = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """The MoT layer, attention and sampling, beside read bandwidth, matmul rate and torch's batched product."""
+    """The MoT layer, attention and sampling, beside read bandwidth, matmul rate (on a CPU the better of float32 and the
+    type asked for) and torch's batched product."""
     from server.bench.kernel import MODES, KernelBench
     from server.bench.machine import machine_of
     from server.bench.shapes import config_of

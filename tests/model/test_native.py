@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.groups import Fill, PrivateRows
+from model.groups import Fill, PrivateRows, SharedGroups
 from model.layers import Projection
 from model.mixing import ExpertBank, _gelu_tanh
 from model.native import Kernels, NativeArithmetic, NativeUnavailable, activation_kind, build, open_kernels
@@ -266,6 +266,35 @@ def test_private_layer(
     assert used.tolist() == plain.experts_used.tolist()
     live = about["live"]
     torch.testing.assert_close(entropy[live], plain.entropy[live], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fill", ["reference", "none"])
+@pytest.mark.parametrize("beside", [0, 2])
+def test_full_groups_in_order_need_no_gathering(kernels: Kernels, fill: str, beside: int) -> None:
+    """As by gathering them in another order, and as plain ones; rows in no group get zeros."""
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=18, n_layer=1, n_head=2, group_size=4, n_expert=7, expert_size=11
+    )
+    bank = ExpertBank(config).requires_grad_(False)
+    torch.manual_seed(0)
+    bank.initialize(0.5, 0.5)
+    crowd = ReferenceCrowd(_random(1, 6, 4, 18, seed=1), [bank], fingerprint=None)
+    x, order, swapped = _random(8 + beside, 18, seed=2), torch.arange(8), torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
+
+    def run(rows: Tensor, positions: Tensor, chosen: Kernels | None) -> tuple[Tensor, Tensor]:
+        groups = SharedGroups(
+            config, Fill.build(fill, config, [bank], crowd), rows=rows, places=order,  # type: ignore[arg-type]
+            positions=positions, largest=4, kernels=chosen,
+        )  # fmt: skip
+        return groups(0, bank, x), groups.entropy
+
+    found, entropy = run(order, torch.tensor([3, 1]), kernels)
+    for wanted, theirs in (
+        run(order, torch.tensor([3, 1]), None), (run(swapped, torch.tensor([1, 3]), kernels)[0], entropy)
+    ):  # fmt: skip
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(entropy, theirs, atol=1e-4, rtol=1e-4)
+    assert not found[8:].any() and found[:8].any()
 
 
 def _shares(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:

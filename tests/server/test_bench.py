@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 from model.attention import attend_whole_sequences
 from model.checkpoint import load_model
 from model.mixing import WholeSequences
+from model.native import computes_in_bfloat16
 from server.bench.baseline import PlainLoop
+from server.bench.machine import Machine, seconds_of
 from server.cli import app
 from server.config import Settings
 from tests.server.conftest import Live, served, wait_until
@@ -170,7 +172,7 @@ def test_engine_beside_a_plain_loop() -> None:
             "--output-tokens", 6, "--repeats", 1, "--baseline", "--json",
         )
     )  # fmt: skip
-    assert [each["dtype"] for each in plain] == ["float32", "bfloat16"]
+    assert [each["dtype"] for each in plain] == ["float32", "bfloat16"][: 1 + computes_in_bfloat16()]
     for each in plain:
         assert each["concurrency"] == 3
         times = engine["output_tokens_per_second"] / each["output_tokens_per_second"]
@@ -199,6 +201,17 @@ def test_the_plain_loop_decodes_as_whole_sequences_do(monkeypatch: pytest.Monkey
     wanted = logits(hidden).view(3, 9, -1)
     for found, last in zip(seen, (3, 4, 5, 6, 7, 8), strict=True):
         torch.testing.assert_close(found, wanted[:, last], atol=1e-4, rtol=1e-4)
+
+
+def test_the_limit_of_products_is_of_the_faster_type() -> None:
+    found = Machine(torch.device("cpu"), torch.bfloat16).limits(repeats=1)
+    assert found.matmul_dtype == ("bfloat16" if computes_in_bfloat16() else "float32")
+
+
+def test_long_work_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    monkeypatch.setattr("server.bench.machine._LONG", 0.0)
+    assert seconds_of(lambda: runs.append(1)) > 0 and runs == [1]
 
 
 def test_economy_prints_an_object_a_concurrency() -> None:
