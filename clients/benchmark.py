@@ -1,7 +1,7 @@
 """A load generator for any server with OpenAI's ``/v1/completions``, streaming. Knows only the wire.
 
 It may share a machine with the server, so it does little for each token: bodies are encoded before the clock starts,
-and what an answer's times mean is worked out at its end. Nothing is retried: a request that failed counts as one.
+and answers are read after it has stopped. Nothing is retried: a request that failed counts as one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 
 from clients._load import Lengths, Load, Planned, Traffic
-from clients._results import Answer, AnswerReader, Failure, Limits, LoadResult, Outcome, summarize
+from clients._results import AnswerReader, Failure, Limits, LoadResult, Outcome, summarize
 from clients._streaming import ChunkDecoder
 from clients.errors import APIError, MotserveError, error_from_response
 
@@ -72,7 +72,7 @@ async def bench_serve(
         for number, load in enumerate(loads):
             run = _Run(http, load, partial(_part_of_all, progress, number, len(loads)))
             whole = await run.measure(*known.plan(load))
-            if run.outcomes:
+            if run.ended:
                 report(run.result(limits))
             if not whole:
                 return False
@@ -111,12 +111,32 @@ def _models(response: httpx.Response) -> dict[str, int | None]:
         return {}
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """An answer as it came: pieces with the times of their coming. ``due`` and ``end`` by the same clock."""
+
+    due: float
+    end: float
+    pieces: Sequence[tuple[float, bytes]]
+
+    def read(self) -> Outcome:
+        decoder, reader = ChunkDecoder(), AnswerReader(self.due)
+        try:
+            for now, piece in self.pieces:
+                reader.take(decoder.feed(piece), now)
+            decoder.finish()
+            return reader.finish(self.end)
+        except MotserveError as error:
+            message = error.message if isinstance(error, APIError) else str(error)
+            return Failure(self.end - self.due, "stream", message)
+
+
 class _Run:
-    """One load, under way. ``outcomes`` in the order of their ends."""
+    """One load, under way. ``ended`` in the order of the answers' ends."""
 
     def __init__(self, http: httpx.AsyncClient, load: Load, progress: Progress) -> None:
         self._http, self._load, self._progress = http, load, progress
-        self.outcomes: list[Outcome] = []
+        self.ended: list[_Recorded | Failure] = []
         self._seconds = self._cpu = 0.0
 
     async def measure(self, warmup: Sequence[Planned], planned: Sequence[Planned]) -> bool:
@@ -127,12 +147,11 @@ class _Run:
             await self._closed_loop(warmup, at_once, self._ask)
             began, cpu = time.perf_counter(), time.process_time()
 
-            async def ask(request: Planned, due: float) -> Outcome:
-                outcome = await self._ask(request, due)
-                self.outcomes.append(outcome)
+            async def ask(request: Planned, due: float) -> object:
+                self.ended.append(await self._ask(request, due))
                 self._seconds, self._cpu = time.perf_counter() - began, time.process_time() - cpu
-                self._progress(len(self.outcomes) / len(planned), len(self.outcomes) / self._seconds)
-                return outcome
+                self._progress(len(self.ended) / len(planned), len(self.ended) / self._seconds)
+                return None
 
             if self._load.rate is None:
                 await self._closed_loop(planned, at_once, ask)
@@ -143,7 +162,8 @@ class _Run:
         return True
 
     def result(self, limits: Limits) -> LoadResult:
-        return summarize(self._load, self.outcomes, limits, self._seconds, self._cpu)
+        outcomes = [ended.read() if isinstance(ended, _Recorded) else ended for ended in self.ended]
+        return summarize(self._load, outcomes, limits, self._seconds, self._cpu)
 
     async def _closed_loop(self, planned: Sequence[Planned], at_once: int, ask: _Ask) -> None:
         waiting = iter(planned)
@@ -159,7 +179,7 @@ class _Run:
                 await asyncio.sleep(due - time.perf_counter())
                 group.create_task(ask(request, due))
 
-    async def _ask(self, request: Planned, due: float) -> Outcome:
+    async def _ask(self, request: Planned, due: float) -> _Recorded | Failure:
         """Never raises for what a server or a network does."""
         answering = False
         try:
@@ -167,28 +187,20 @@ class _Run:
                 if not response.is_success:
                     raise error_from_response(response.status_code, response.headers, await response.aread())
                 answering = True
-                return await _read(response, due)
+                pieces = [(time.perf_counter(), piece) async for piece in response.aiter_bytes()]
+                return _Recorded(due, time.perf_counter(), pieces)
         except httpx.TimeoutException as error:
             kind, message = "timeout", f"The server was silent for too long ({type(error).__name__})."
         except APIError as error:
-            kind, message = "stream" if error.status is None else str(error.status), error.message
-        except (httpx.HTTPError, MotserveError, OSError) as error:
+            kind, message = str(error.status), error.message
+        except (httpx.HTTPError, OSError) as error:
             kind, message = "stream" if answering else "connection", str(error) or type(error).__name__
         return Failure(time.perf_counter() - due, kind, message)
 
 
-_Ask = Callable[[Planned, float], Coroutine[Any, Any, Outcome]]
+_Ask = Callable[[Planned, float], Coroutine[Any, Any, object]]
 
 
 async def _one_after_the_other(waiting: Iterator[Planned], ask: _Ask) -> None:
     for request in waiting:
         await ask(request, time.perf_counter())
-
-
-async def _read(response: httpx.Response, due: float) -> Answer:
-    decoder, reader = ChunkDecoder(), AnswerReader(due)
-    async for piece in response.aiter_bytes():
-        now = time.perf_counter()
-        reader.take(decoder.feed(piece), now)
-    decoder.finish()
-    return reader.finish(time.perf_counter())

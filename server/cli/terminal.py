@@ -45,7 +45,9 @@ def progress(label: str, *, shown: bool = True) -> Iterator[tuple[Progress, Task
         TextColumn("{task.percentage:>3.0f}% {task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not shown, refresh_per_second=2
+    ) as bar:
         yield bar, bar.add_task(label, total=1.0, note="")
 
 

@@ -98,13 +98,12 @@ class Receipt:
     group_fill: str
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):  # one is made for every token
     """News of one sequence (``index`` within its request). ``text`` and ``token_ids`` are what is new; text may lag
     behind ids while a character or a possible stop string is incomplete. ``prompt_logprobs`` comes once, with the
     first delta, and has None at its first place."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # instead of a tuple's method
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()

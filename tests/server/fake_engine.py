@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 from model.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer
 from server.engine.async_engine import AsyncEngine, EngineInfo, EngineStats, EngineStopped, StepStats
@@ -101,9 +100,9 @@ class FakeEngine(AsyncEngine):
         if place == 0 and sampling.prompt_logprobs is not None:
             prompt = request.prompts[index // request.n]
             later = tuple(self._logprob(token, sampling.prompt_logprobs) for token in prompt[1:])
-            delta = replace(delta, prompt_logprobs=(None, *later))
+            delta = delta._replace(prompt_logprobs=(None, *later))
         if sampling.max_tokens == 0:
-            return replace(delta, finish_reason="length", receipt=self._receipt(request, index))
+            return delta._replace(finish_reason="length", receipt=self._receipt(request, index))
         token = self.script[place % len(self.script)]
         text = decoder.push(token) if decoder else ""
         finish: FinishReason | None = None
@@ -113,9 +112,9 @@ class FakeEngine(AsyncEngine):
             finish = "stop"
         if finish:
             text += decoder.flush() if decoder else ""
-            delta = replace(delta, finish_reason=finish, receipt=self._receipt(request, index))
+            delta = delta._replace(finish_reason=finish, receipt=self._receipt(request, index))
         logprobs = () if sampling.logprobs is None else (self._logprob(token, sampling.logprobs),)
-        return replace(delta, text=text, token_ids=(token,), logprobs=logprobs)
+        return delta._replace(text=text, token_ids=(token,), logprobs=logprobs)
 
     def _logprob(self, token: int, alternatives: int) -> TokenLogprob:
         """The chosen token is never the likeliest one."""
