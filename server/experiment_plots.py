@@ -93,9 +93,9 @@ def _costs(axes: Any, result: Result) -> None:
         drawn = axes.barh([place + number * 0.27 for place in range(len(rows))], values, height=0.25, label=label)
         axes.bar_label(drawn, [f"{value:.3g}" for value in values], padding=2, fontsize=7)
     axes.set_yticks([place + 0.27 for place in range(len(rows))], [row["temperature"] for row in rows], fontsize=8)
-    axes.set_xlim(0, 1.2 * max(max(values) for values in bars.values()))
+    axes.set_xlim(0, 1.8 * max(max(values) for values in bars.values()))  # room for the legend
     axes.set_title("perplexity ratios")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="right")
 
 
 def _live(axes: Any, result: Result) -> None:
