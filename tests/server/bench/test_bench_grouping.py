@@ -142,7 +142,7 @@ def test_the_command_prints_an_object_a_policy(tmp_path: Path) -> None:
     assert {"live_members", "groups_per_step", "position_spread", "output_tokens_per_second", "expected_loss"} <= set(
         results[0]
     )
-    assert {result["max_groups"] for result in results} == {11} and results[0]["loss"] == "annealed"
+    assert {result["max_groups"] for result in results} == {11} and results[0]["loss"] == "own"
     faster = CliRunner().invoke(app, [*arguments, "--json", "--speed", "4", "--loss", "mixed"])
     again = [json.loads(line) for line in faster.stdout.splitlines()]
     assert again[2]["live_members"] > results[2]["live_members"] and again[2]["loss"] == "mixed"
