@@ -69,7 +69,7 @@ def test_kinds_cost_as_much_as_the_model_they_come_from(experts: int, size: int,
 @pytest.mark.parametrize("preset", ["demo", "tiny"])
 def test_presets_have_every_kind(preset: str) -> None:
     hidden = {kind: preset_named(preset, {}, feed_forward=kind)[0].active_hidden for kind in FEED_FORWARDS}
-    assert set(hidden.values()) == {{"demo": 288.0, "tiny": 64.0}[preset]}
+    assert set(hidden.values()) == {{"demo": 576.0, "tiny": 64.0}[preset]}
 
 
 def test_an_unknown_kind_is_refused() -> None:
