@@ -109,6 +109,7 @@ def test_an_interrupt_prints_what_has_been_measured(live: Live) -> None:
         wait_until(lambda: len(live.engine.requests) > 4)
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     thread = threading.Thread(target=interrupt)
     thread.start()
     found = bench(
@@ -116,6 +117,7 @@ def test_an_interrupt_prints_what_has_been_measured(live: Live) -> None:
         "--requests", 100, "--json",
     )  # fmt: skip
     thread.join()
+    signal.signal(signal.SIGINT, before)
     assert found.exit_code == 130
     (result,) = map(json.loads, found.stdout.splitlines())
     assert 2 <= result["requests"] < 100 and result["errors"] == 0 and result["output_tokens"] == 5
