@@ -14,10 +14,10 @@ namespace {
 // in the result between them: then few pages and cache lines of the weights are in use at a time, all rows take their
 // turn while these are at hand, and the next part is fetched meanwhile.
 
-constexpr long FEW_PART = LANES == 16 ? 32 : 16;  // terms of a part
-constexpr long PART = LANES == 16 ? 32 : 64;      // the same where weights are copied together
-constexpr long STRIPE = 12 * LANES;               // columns copied together, or taken by a thread at once
-constexpr long PACKED_ROWS = 5;  // from so many on, weights are copied together (and converted) before use
+constexpr long FEW_PART = 32;                 // terms of a part
+constexpr long PART = LANES == 16 ? 32 : 64;  // the same where weights are copied together
+constexpr long STRIPE = 12 * LANES;           // columns copied together, or taken by a thread at once
+constexpr long PACKED_ROWS = 5;               // from so many on, weights are copied together (and converted) before use
 
 // Columns of R rows: V vectors of sums over so many terms, beginning anew or, with more, going on from what c holds. b,
 // its rows N apart, is of the weights or a copy of them in another type.
