@@ -17,10 +17,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from model.errors import CheckpointError
 from model.tokenizer import Tokenizer
@@ -28,7 +27,6 @@ from server.config import Settings
 from server.engine.admission import Admission
 from server.engine.async_engine import AsyncEngine, EngineInfo
 from server.engine.loop import EngineLoop, Inbox, Item, Report
-from server.engine.request import Delta
 
 _log = logging.getLogger("motserve")
 
@@ -117,7 +115,7 @@ class EngineProcess:
         over = False
         while not over:
             try:
-                news = _unpacked(self._connection.recv())
+                news = self._connection.recv()
             except (EOFError, OSError):
                 if self._loop is not None:
                     _log.error("the engine's process has ended")
@@ -146,22 +144,9 @@ def run(descriptor: int) -> None:
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     freeze()
     try:
-        EngineLoop(engine, inbox, lambda report: connection.send(_packed(report))).run()
+        EngineLoop(engine, inbox, connection.send).run()
     except BrokenPipeError:
         return  # the server is gone
-
-
-_Packed = tuple[Report, list[tuple[str, tuple[Any, ...]]]]
-
-
-def _packed(report: Report) -> _Packed:
-    """For the way between the processes: its deltas as plain tuples, which take a third of the time to pickle."""
-    return replace(report, news=[]), [(request_id, tuple(delta)) for request_id, delta in report.news]
-
-
-def _unpacked(packed: _Packed) -> Report:
-    report, news = packed
-    return replace(report, news=[(request_id, Delta(*fields)) for request_id, fields in news])
 
 
 def _receive(connection: Connection, inbox: Inbox) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -67,8 +67,7 @@ class Metrics:
         )
         self._token_gap = LoopHistogram("motserve_inter_token_seconds", "Between two tokens of a sequence", _TOKEN_GAPS)
         registry.register(self._token_gap)
-        self._completion_tokens = LoopCounter("motserve_completion_tokens", "Tokens handed to clients")
-        registry.register(self._completion_tokens)
+        self._completion_tokens = Counter("motserve_completion_tokens", "Tokens handed to clients", registry=registry)
         self._define_engine_metrics(registry)
         self._define_gauges(engine, model_name, registry)
         engine.observe(self._on_step)
@@ -148,7 +147,7 @@ class Metrics:
         """A sequence's news, ``gap`` seconds after its last tokens or, where ``since`` is None, after submission."""
         tokens = len(delta.token_ids)
         if tokens:
-            self._completion_tokens.value += tokens
+            self._completion_tokens.inc(tokens)
             if since is None:
                 self._first_token.observe(gap)
             else:
@@ -177,18 +176,6 @@ class RequestTimer:
             self._metrics.on_delta(delta, since, now - (self._start if since is None else since))
             if delta.token_ids:
                 self._last[delta.index] = now
-
-
-class LoopCounter(Collector):
-    """A counter that only one thread writes, without the client library's lock."""
-
-    def __init__(self, name: str, documentation: str) -> None:
-        self._name, self._documentation = name, documentation
-        self.value = 0
-
-    def collect(self) -> Iterator[Metric]:
-        """For the registry."""
-        yield CounterMetricFamily(self._name, self._documentation, value=self.value)
 
 
 class LoopHistogram(Collector):

@@ -98,12 +98,13 @@ class Receipt:
     group_fill: str
 
 
-class Delta(NamedTuple):  # one is made for every token
+@dataclass(frozen=True)
+class Delta:
     """News of one sequence (``index`` within its request). ``text`` and ``token_ids`` are what is new; text may lag
     behind ids while a character or a possible stop string is incomplete. ``prompt_logprobs`` comes once, with the
     first delta, and has None at its first place."""
 
-    index: int  # type: ignore[assignment]  # instead of a tuple's method
+    index: int
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from model.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer
 from server.engine.async_engine import AsyncEngine, EngineInfo, EngineStats, EngineStopped, StepStats
@@ -100,9 +101,9 @@ class FakeEngine(AsyncEngine):
         if place == 0 and sampling.prompt_logprobs is not None:
             prompt = request.prompts[index // request.n]
             later = tuple(self._logprob(token, sampling.prompt_logprobs) for token in prompt[1:])
-            delta = delta._replace(prompt_logprobs=(None, *later))
+            delta = replace(delta, prompt_logprobs=(None, *later))
         if sampling.max_tokens == 0:
-            return delta._replace(finish_reason="length", receipt=self._receipt(request, index))
+            return replace(delta, finish_reason="length", receipt=self._receipt(request, index))
         token = self.script[place % len(self.script)]
         text = decoder.push(token) if decoder else ""
         finish: FinishReason | None = None
@@ -112,9 +113,9 @@ class FakeEngine(AsyncEngine):
             finish = "stop"
         if finish:
             text += decoder.flush() if decoder else ""
-            delta = delta._replace(finish_reason=finish, receipt=self._receipt(request, index))
+            delta = replace(delta, finish_reason=finish, receipt=self._receipt(request, index))
         logprobs = () if sampling.logprobs is None else (self._logprob(token, sampling.logprobs),)
-        return delta._replace(text=text, token_ids=(token,), logprobs=logprobs)
+        return replace(delta, text=text, token_ids=(token,), logprobs=logprobs)
 
     def _logprob(self, token: int, alternatives: int) -> TokenLogprob:
         """The chosen token is never the likeliest one."""
