@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace {
@@ -42,5 +43,16 @@ struct Part {
         return {at + tile.number * terms / tile.count * stride, stride, 256 * terms_a_step / tile.count};
     }
 };
+
+// All terms of weights [K, N], some at a time: work(part, first) with the number of the part's first term. then: what
+// will be read after these weights.
+template <class W, class Work>
+void in_parts(const W* b, long K, long N, long step, bool whole, const W* then, const Work& work) {
+    for (long first = 0; first < K; first += step) {
+        const long terms = std::min(step, K - first);
+        const W *at = b + first * N, *next = first + terms < K ? at + terms * N : then;
+        work(Part<W>{at, terms, N, next, whole, first > 0}, first);
+    }
+}
 
 }  // namespace

@@ -222,11 +222,7 @@ void pair_products(const uint32_t* const* rows_of_pairs, long rows, const W* b, 
     const bool packed = rows >= PAIR_PACKED_ROWS;
     const long step = packed ? PAIR_PART : PAIR_FEW_PART;
     std::vector<const uint32_t*> a(rows);
-    for (long first = 0; first < K; first += step) {
-        const long terms = std::min(step, K - first);
-        const W* at = b + first * N;
-        const Part<W> part{at, terms, N, first + terms < K ? at + terms * N : then, begin == 0 && end == N,
-                               first > 0};
+    in_parts(b, K, N, step, begin == 0 && end == N, then, [&](const Part<W>& part, long first) {
         for (long r = 0; r < rows; ++r) a[r] = rows_of_pairs[r] + first / 2;
         if (packed) pair_panels(a.data(), rows, part, begin, end, c);
         if (rows == 6) pair_range<W, 6, 2>(a.data(), part, begin, end, c);
@@ -235,7 +231,7 @@ void pair_products(const uint32_t* const* rows_of_pairs, long rows, const W* b, 
         if (rows == 3) pair_range<W, 3, 2>(a.data(), part, begin, end, c);
         if (rows == 2) pair_range<W, 2, 4>(a.data(), part, begin, end, c);
         if (rows == 1) pair_range<W, 1, 8>(a.data(), part, begin, end, c);
-    }
+    });
 }
 
 }  // namespace

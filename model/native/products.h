@@ -141,16 +141,12 @@ template <class W>
 void row_products(const float* const* rows_of_terms, long rows, const W* b, long K, long N, long begin, long end,
                   const W* then, float* const* c) {
     const bool packed = rows >= PACKED_ROWS;
-    const long step = packed ? PART : FEW_PART;
     std::vector<const float*> a(rows);
-    for (long first = 0; first < K; first += step) {
-        const long terms = std::min(step, K - first);
-        const W *at = b + first * N, *next = first + terms < K ? at + terms * N : then;
-        const Part<W> part{at, terms, N, next, begin == 0 && end == N, first > 0};
+    in_parts(b, K, N, packed ? PART : FEW_PART, begin == 0 && end == N, then, [&](const Part<W>& part, long first) {
         for (long r = 0; r < rows; ++r) a[r] = rows_of_terms[r] + first;
         if (packed) column_stripes(a.data(), rows, part, begin, end, c);
-        else column_part(a.data(), rows, at + begin, N, part, begin, end, c);
-    }
+        else column_part(a.data(), rows, part.b + begin, N, part, begin, end, c);
+    });
 }
 
 // Products with weights [N, K], their rows a stride apart: LANES accumulators an output, over k in ascending order.
