@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from model import reference
 from model.config import ModelConfig
 from model.errors import TrainingError
 from model.evaluate import Evaluation, Evaluator, Opened
+from model.files import write_json
 from model.native import Kernels
 from model.transformer import Transformer
 
@@ -127,6 +126,4 @@ def save_pair(chosen: Candidate, folder: Path) -> None:
         "perplexity_over_mixing": round(chosen.ratio, 5),
         "experts_per_token": round(chosen.experts_per_token, 2),
     }
-    partial = folder / f"{PRIVATE_FILE}.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, folder / PRIVATE_FILE)
+    write_json(folder / PRIVATE_FILE, values)

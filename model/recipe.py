@@ -243,7 +243,7 @@ def preset_named(
     among ``SHAPE``, before another kind of layer is matched to it.
 
     - ``tiny`` is done in seconds.
-    - ``demo``: the bundled checkpoint's shape, and a recipe that takes two cores an hour or two.
+    - ``demo``: the bundled checkpoint's shape.
     - ``paper``: the small model of Antoniak et al. (arXiv 2310.15961), at their peak rates: 2e-3 for MoT, 4e-3 for
       dense.
     - ``mot-medium``: the published checkpoint's shape. Its rate is ours, not the authors'.
@@ -269,6 +269,7 @@ def preset_named(
 
 
 def _shaped(preset: ModelConfig, shape: dict[str, Any], feed_forward: str, start: ModelConfig | None) -> ModelConfig:
+    """The configuration to train, with its sizes changed. Raises TrainingError naming the field."""
     kind = feed_forward if start is None else start.model_type
     if "temperature" in shape and kind != "mot":
         raise TrainingError(f"temperature: a {kind} model has no temperature to change")

@@ -7,7 +7,6 @@ what a lone token finds beside it instead of strangers. Members are read, never 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from model.attention import attend_whole_sequences
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.files import whole
 from model.mixing import ExpertBank, WholeSequences, exact_products
 from model.transformer import Transformer
 
@@ -117,10 +117,9 @@ def set_rivals(folder: Path, rivals: int) -> None:
 
 def _write(tensors: dict[str, Tensor], folder: Path, metadata: dict[str, str]) -> None:
     """Whole or not at all."""
-    partial = folder / f"{FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt", **metadata})
-    shutil.copymode(folder / "config.json", partial)  # safetensors writes for the owner alone
-    os.replace(partial, folder / FILE)
+    with whole(folder / FILE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt", **metadata})
+        shutil.copymode(folder / "config.json", partial)  # safetensors writes for the owner alone
 
 
 def load(folder: Path, model: Transformer) -> ReferenceCrowd | None:

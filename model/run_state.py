@@ -12,6 +12,7 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import TrainingError
+from model.files import whole
 from model.recipe import TrainSettings
 
 STATE = "state.pt"
@@ -23,12 +24,10 @@ _FREE = ("save_every", "eval_every", "eval_windows", "export_dtype", "shard_byte
 
 def write_state(folder: Path, config: ModelConfig, settings: TrainSettings, state: dict[str, Any]) -> None:
     """One file that appears whole or not at all, whenever the process is killed. Raises OSError."""
-    partial = folder / f"{STATE}.partial"
-    with partial.open("wb") as file:
+    with whole(folder / STATE) as partial, partial.open("wb") as file:
         torch.save({"config": dataclasses.asdict(config), "settings": dataclasses.asdict(settings)} | state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, folder / STATE)
 
 
 def read_state(folder: Path, config: ModelConfig, settings: TrainSettings) -> dict[str, Any] | None:
@@ -62,6 +61,5 @@ def cut_log(folder: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text("".join(kept))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.errors import CheckpointError
+from model.files import write_json
 from model.groups import Fill
 from model.scoring import grouped_by, token_losses
 from model.transformer import Transformer
@@ -82,9 +82,7 @@ def measured_curve(
 def save_curve(curve: Curve, folder: Path) -> None:
     """Write ``grouping.json``, whole or not at all."""
     values = {"spreads": [spread for spread, _ in curve], "nats": [round(nats, 5) for _, nats in curve]}
-    partial = folder / f"{SPREAD_FILE}.partial"
-    partial.write_text(json.dumps(values) + "\n")
-    os.replace(partial, folder / SPREAD_FILE)
+    write_json(folder / SPREAD_FILE, values)
 
 
 def load_curve(folder: Path) -> Curve | None:

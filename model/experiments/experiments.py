@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from model.experiments.private import private_temperature
 from model.experiments.sizes import group_size
 from model.experiments.steps import kinds, steps
 from model.experiments.suite import Suite
+from model.files import write_json
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,7 @@ def run(experiment: Experiment, suite: Suite) -> dict[str, Any]:
         "machine": machine(),
         **experiment.measure(suite),
     }
-    path = suite.folder / f"{experiment.name}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(suite.folder / f"{experiment.name}.json", result)
     return result
 
 

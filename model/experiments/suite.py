@@ -29,6 +29,7 @@ from model.errors import TrainingError
 from model.evaluate import Evaluation, Evaluator, Mode, windows_of
 from model.experiments.runs import Run
 from model.experiments.scales import Scale
+from model.files import whole, write_json
 from model.groups import Fill
 from model.native import Kernels
 from model.reference import ReferenceCrowd
@@ -86,7 +87,7 @@ class Suite:
                 raise TrainingError(f"{path}: begun with another {', '.join(changed)}; choose another folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(path, begun)
+            write_json(path, begun)
         suite._corpus = suite._encode(data, validation)
         return suite
 
@@ -176,7 +177,7 @@ class Trained:
         if key not in known:
             self.suite.tell(f"{self.run.name}: {key}", 1.0)
             known[key] = measure()
-            _write(path, known)
+            write_json(path, known)
         return known[key]
 
     def crowd(self, seed: int = 0) -> ReferenceCrowd:
@@ -231,14 +232,5 @@ def _digest(path: Path) -> str:
 
 
 def _save(path: Path, stream: np.ndarray) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with whole(path) as partial, partial.open("wb") as file:
         np.save(file, stream)
-    os.replace(partial, path)
-
-
-def _write(path: Path, values: object) -> None:
-    """JSON, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(partial, path)

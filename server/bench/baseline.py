@@ -6,6 +6,7 @@ public ``mot`` model. No scheduler, no pages, no crowd, no kernels.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.mixing import WholeSequences
+from model.native import computes_in_bfloat16
 from model.transformer import Transformer
 
 
@@ -48,6 +50,28 @@ class PlainLoop:
             self._cache[layer, side, :, :, start : self._length] = new
         k, v = self._cache[layer, :, :, :, : self._length]
         return F.scaled_dot_product_attention(queries, k, v, is_causal=start == 0).transpose(1, 2).reshape(rows, -1)
+
+
+def native_types(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Those that the device computes in: elsewhere bfloat16 would take minutes a token."""
+    return (torch.float32, torch.bfloat16) if device.type != "cpu" or computes_in_bfloat16() else (torch.float32,)
+
+
+def plain_rates(
+    model: Transformer, engine: dict[int, float], prompt_tokens: int, output_tokens: int, repeats: int
+) -> Iterator[dict[str, object]]:
+    """The loop in each native type, for each number of requests of which ``engine`` says the decode tokens a second."""
+    for dtype in native_types(model.device):
+        plain = copy.deepcopy(model).to(dtype)
+        for count, rate in engine.items():
+            slow = plain_rate(plain, count, prompt_tokens, output_tokens, repeats)
+            yield {
+                "baseline": "plain torch loop, zero padding",
+                "dtype": str(dtype).removeprefix("torch."),
+                "concurrency": count,
+                "output_tokens_per_second": slow,
+                "engine_speedup": rate / slow,
+            }
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,10 +74,7 @@ def engine(
     as_json: JsonOption = False,
 ) -> None:
     """Decode and prefill tokens a second of the engine alone, and where a step's time goes."""
-    import torch
-
-    from model.native import computes_in_bfloat16
-    from server.bench.baseline import plain_rate
+    from server.bench.baseline import native_types, plain_rates
     from server.bench.engine import EngineLoad, bench_engine
     from server.bench.machine import machine_of
     from server.bench.shapes import config_of, random_model
@@ -121,17 +117,10 @@ def engine(
             raise ValueError(str(error)) from None
         if not baseline:
             return
-        names = ["float32", "bfloat16"]
-        if machine.device.type == "cpu" and not computes_in_bfloat16():
-            names.remove("bfloat16")
+        if len(native_types(machine.device)) == 1:
             typer.echo("no baseline in bfloat16: this processor does not compute in it", err=True)
-        for name in names:
-            plain = copy.deepcopy(tested.runner.model).to(getattr(torch, name))
-            for count, rate in public.items():
-                slow = plain_rate(plain, count, prompt_tokens, output_tokens, repeats)
-                named = {"baseline": "plain torch loop, zero padding", "shape": shape or "checkpoint", "dtype": name}
-                values = {"concurrency": count, "output_tokens_per_second": slow, "engine_speedup": rate / slow}
-                print_result({**named, **values}, as_json=as_json)
+        for values in plain_rates(tested.runner.model, public, prompt_tokens, output_tokens, repeats):
+            print_result({**values, "shape": shape or "checkpoint"}, as_json=as_json)
 
 
 @bench.command("economy")

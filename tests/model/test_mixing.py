@@ -205,7 +205,7 @@ def test_without_padding_groups_are_of_one_size() -> None:
 
 @given(st.integers(0, 2**31), st.floats(0, 100))
 def test_int8_keeps_what_is_common_to_all_tokens(seed: int, size: float) -> None:
-    """Along it, errors of rounding cancel but for about one rounding; no weight errs by more than three quarters."""
+    """Along it at most half of plain rounding's error is left; no weight errs by more than three quarters of a step."""
     generator = torch.Generator().manual_seed(seed)
     config = ModelConfig(n_embd=32, n_head=4, n_expert=3, expert_size=8, group_size=4)
     bank, plain = ExpertBank(config), ExpertBank(config)
