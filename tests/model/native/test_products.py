@@ -1,0 +1,180 @@
+"""The compiled products against their plain twins, and their promise: a row's bits depend on that row alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.layers import Projection
+from model.mixing import ExpertBank, _gelu_tanh
+from model.native import Kernels, NativeArithmetic, NativeUnavailable, activation_kind
+from tests.model.native.inputs import DTYPES, dtypes, random_of, types
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 70), inner=st.integers(1, 300), outer=st.integers(1, 330), by_output=st.booleans(),
+    exact=st.booleans(), dtype=dtypes,
+)  # fmt: skip
+def test_linear(
+    variant: Kernels, rows: int, inner: int, outer: int, by_output: bool, exact: bool, dtype: torch.dtype
+) -> None:
+    x, bias = random_of(rows, inner), random_of(outer, seed=1)
+    if not exact:
+        x = x.to(dtype).float()  # products in bfloat16 round what they are given
+    weight = random_of(*((outer, inner) if by_output else (inner, outer)), seed=2).to(dtype)
+    found = variant.linear(x, weight, bias, by_output=by_output, exact=exact)
+    plain = torch.addmm(bias, x, weight.float().t() if by_output else weight.float())
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+    for row in {0, rows // 2, rows - 1}:
+        alone = variant.linear(x[row : row + 1], weight, bias, by_output=by_output, exact=exact)
+        assert torch.equal(alone[0], found[row])
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inner", "outer"), [(96, 192), (131, 75)])
+def test_a_row_is_the_same_among_any_number(
+    variant: Kernels, dtype: torch.dtype, by_output: bool, inner: int, outer: int
+) -> None:
+    x = random_of(70, inner)
+    weight = random_of(*((outer, inner) if by_output else (inner, outer)), seed=2).to(dtype)
+    singles = torch.cat([variant.linear(row[None], weight, None, by_output=by_output) for row in x])
+    for rows in range(1, 71):
+        assert torch.equal(variant.linear(x[:rows], weight, None, by_output=by_output), singles[:rows])
+
+
+def _bank(experts: int, width: int, size: int, dtype: torch.dtype) -> tuple[ExpertBank, Tensor, Tensor]:
+    """A bank and its weights in float32."""
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=width, n_layer=1, n_head=1, group_size=2, n_expert=experts,
+        expert_size=size,
+    )  # fmt: skip
+    bank = ExpertBank(config).requires_grad_(False)
+    torch.manual_seed(1)
+    bank.initialize(1, 1)
+    if dtype is not torch.int8:
+        bank.to(dtype)
+        return bank, bank.lin1.float(), bank.lin2.float()
+    bank.quantize()
+    assert bank.scale1 is not None and bank.scale2 is not None
+    return bank, bank.lin1 * bank.scale1[:, None], bank.lin2 * bank.scale2[:, None]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    experts=st.integers(1, 9), rows=st.integers(1, 9), width=st.integers(1, 140), size=st.integers(1, 140), dtype=types
+)
+def test_bank(variant: Kernels, experts: int, rows: int, width: int, size: int, dtype: torch.dtype) -> None:
+    mixes = random_of(experts, rows, width)
+    bank, lin1, lin2 = _bank(experts, width, size, dtype)
+    loose = 1e-3
+    if dtype is torch.bfloat16:
+        mixes, loose = mixes.bfloat16().float(), 1e-2  # what is hidden is rounded too
+    for activation in (F.gelu, F.relu, F.silu):
+        bank.activation = activation
+        found = variant.bank(mixes, bank)
+        plain = torch.bmm(activation(torch.bmm(mixes, lin1)), lin2)
+        torch.testing.assert_close(found, plain, atol=loose * float(plain.abs().max()), rtol=loose)
+        if dtype is not torch.bfloat16:
+            torch.testing.assert_close(bank.experts(mixes), plain, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
+@pytest.mark.parametrize(("width", "size"), [(64, 96), (45, 131)])
+def test_a_mix_is_answered_alike_among_any_number(variant: Kernels, dtype: torch.dtype, width: int, size: int) -> None:
+    bank, _, _ = _bank(2, width, size, dtype)
+    mixes = random_of(2, 70, width)
+    singles = torch.cat([variant.bank(mixes[:, row : row + 1], bank) for row in range(70)], 1)
+    for rows in range(1, 71):
+        assert torch.equal(variant.bank(mixes[:, :rows], bank), singles[:, :rows])
+
+
+def test_numbers_that_are_none_stay_none(variant: Kernels) -> None:
+    for dtype in (*DTYPES, torch.int8):
+        bank, _, _ = _bank(1, 40, 20, dtype)
+        mixes = random_of(1, 3, 40)
+        mixes[0, 1, 7] = float("nan")
+        answers = variant.bank(mixes, bank)[0]
+        assert answers[1].isnan().all() and answers[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_part_of_a_bank(quantized: bool) -> None:
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=8, n_layer=1, n_head=1, group_size=2, n_expert=5, expert_size=3
+    )
+    bank = ExpertBank(config).requires_grad_(False)
+    bank.initialize(1, 1)
+    if quantized:
+        bank.quantize()
+    mixes = random_of(5, 2, 8)
+    part = bank.part(3)
+    assert part.lin1.data_ptr() == bank.lin1.data_ptr(), "no copy"
+    assert part.controller.shape == (8, 3)
+    torch.testing.assert_close(part.experts(mixes[:3]), bank.experts(mixes)[:3])
+
+
+def test_measured_preference(kernels: Kernels) -> None:
+    """What was measured is what is preferred; bfloat16 and int8 need no measuring where torch is slow at them."""
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=64, n_layer=1, n_head=1, group_size=2, n_expert=32, expert_size=32
+    )
+    bank = ExpertBank(config).requires_grad_(False)
+    bank.initialize(1, 1)
+    most = kernels.measure(bank)
+    assert kernels.prefers(most, bank) and not kernels.prefers(most + 1, bank)
+    bank.quantize()
+    assert kernels.measure(bank) == most and kernels.prefers(1000, bank)
+
+
+def test_measured_rows(kernels: Kernels) -> None:
+    most = kernels.measure_rows(random_of(64, 96), torch.zeros(96))
+    assert kernels.prefers_rows(most, torch.zeros(1)) and not kernels.prefers_rows(most + 1, torch.zeros(1))
+
+
+@settings(deadline=None, max_examples=40)
+@given(public=st.integers(0, 9), private=st.integers(0, 9), few=st.integers(0, 9), dtype=dtypes)
+def test_public_rows_may_be_multiplied_together(
+    kernels: Kernels, public: int, private: int, few: int, dtype: torch.dtype
+) -> None:
+    """By torch, where they are more than the kernels are faster with; private rows keep their bits."""
+    projection = Projection(24, 33).to(dtype).requires_grad_(False)
+    torch.manual_seed(0)
+    projection.initialize(1)
+    head = random_of(41, 24, seed=1).to(dtype)
+    x = random_of(public + private, 24, seed=2).to(dtype)
+    chosen = copy.copy(kernels)
+    chosen._few_rows, chosen._fast_bfloat16 = few, True
+    split, alone = NativeArithmetic(chosen, shared=public), NativeArithmetic(kernels)
+    for found, one in (
+        (split.affine(x, projection), alone.affine(x, projection)),
+        (split.head(x, head), alone.head(x, head)),
+    ):
+        assert found.dtype is one.dtype and torch.equal(found[public:], one[public:])
+        torch.testing.assert_close(
+            found[:public], one[:public], atol=0.3 if dtype is torch.bfloat16 else 1e-4, rtol=0.02
+        )
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-120, 120, width=32), min_size=1, max_size=40))
+def test_activations(variant: Kernels, numbers: list[float]) -> None:
+    x = torch.tensor(numbers)
+    for activation in (_gelu_tanh, F.gelu, F.silu, F.relu):
+        found = variant.activate(x.clone(), activation)
+        torch.testing.assert_close(found, activation(x), atol=2e-6, rtol=2e-6)
+        for place in range(len(x)):  # of its place a number knows nothing
+            assert torch.equal(variant.activate(x[place : place + 1].clone(), activation)[0], found[place])
+
+
+def test_unknown_activation_is_named() -> None:
+    with pytest.raises(NativeUnavailable, match="activation"):
+        activation_kind(torch.tanh)
