@@ -8,6 +8,8 @@ PIP_ARGS ?=
 ARGS ?=
 
 BIN := .venv/bin
+# A process a core, each with one thread; more than four find too little to do.
+PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist worksteal
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
@@ -31,17 +33,17 @@ serve: setup  ## serve the bundled checkpoint on port 8000
 	$(BIN)/motserve serve $(ARGS)
 
 test: setup  ## the fast tests
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 test-slow: setup  ## the slow tests
-	$(BIN)/pytest -q -m slow
+	$(PYTEST) -m slow
 
 check: setup  ## all that CI checks, but for the slow tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 gpu-check: setup  ## tests and benchmarks on a CUDA device
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
