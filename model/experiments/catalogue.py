@@ -27,6 +27,12 @@ class Catalogue:
         name = f"{kind}-{seed}" if share == 1 else f"{kind}-{seed}-{share:g}"
         return Run(name, flop_matched(scale.config, kind), settings)
 
+    def mixing(self, seed: int = 0, *, share: float = 1.0) -> Run:
+        """MoT for mixing alone: temperatures are learnt by layer from the start, which mixes best of all ways (c) and
+        does nothing for private decoding."""
+        run = self.kind("mot", seed, share=share)
+        return run.but(run.name.replace("mot", "mot-mixing"), temperature_mode="learnable")
+
     def tempered(self, name: str, **temperature: Any) -> Run:
         """MoT, seed 0, with another treatment of the temperature (settings of ``temperature_mode`` and its kin)."""
         return self.kind("mot").but(name, **temperature)

@@ -14,8 +14,9 @@ class Scale:
     """``config`` is the MoT model from which the others are FLOP-matched. ``rates``: peak learning rates, tuned by
     kind, because what suits one kind is no fair choice for another; kinds not named take the settings'.
 
-    Its dense twin has feed-forward layers narrower than the model, as the bundled checkpoint's has: where these are the
-    bottleneck, what more parameters are worth shows in a run of a minute. MoT starts at T = 0.05, not 1: with
+    Its dense twin has feed-forward layers as wide as the model, narrow ones: where these are the bottleneck, what more
+    parameters are worth shows in a run of two minutes. Experts are more than the model is wide, as the paper's are:
+    the finer they are, the sooner they learn (docs/results.md). MoT starts at T = 0.05, not 1: with
     controllers as small as they begin, T = 1 mixes all alike, and hundreds of steps pass before that changes."""
 
     name: str
@@ -29,14 +30,14 @@ class Scale:
 
 
 def scale_named(name: str) -> Scale:
-    """``small``: what docs/results.md shows, a minute or two a run on two cores; ``tiny``: seconds for all, for a
+    """``small``: what docs/results.md shows, two or three minutes a run on one core; ``tiny``: seconds for all, for a
     try. Raises TrainingError for another name."""
     if name == "small":
         return Scale(
             name,
             ModelConfig(
                 vocab_size=1024, n_positions=64, n_embd=96, n_layer=2, n_head=4,
-                group_size=16, n_expert=64, expert_size=12, temperature=0.05,
+                group_size=16, n_expert=256, expert_size=6, temperature=0.05,
             ),
             TrainSettings(
                 steps=1200, batch=16, length=64, warmup=50, learning_rate=5e-3, final_temperature=0.02, save_every=100

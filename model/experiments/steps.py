@@ -17,15 +17,16 @@ _TIMED_STEPS = 12
 
 
 def steps(suite: Suite) -> dict[str, Any]:
-    """MoT against dense, with the time of a step of each, and MoT on a schedule of half of the steps."""
-    result = _against(suite, ("dense",), shorter=True)
+    """MoT against dense, with the time of a step of each; MoT on a schedule of half of the steps; and MoT as it is
+    trained for private decoding too."""
+    result = _against(suite, ("dense",), ways=True)
     result["summary"] |= _wall_clock(suite, result["summary"]["step_ratio"]["dense"]["mean"])
     return result
 
 
 def kinds(suite: Suite) -> dict[str, Any]:
     """MoT against Switch and Expert Choice, dense beside them."""
-    return _against(suite, ("switch", "expert-choice", "dense"), shorter=False)
+    return _against(suite, ("switch", "expert-choice", "dense"), ways=False)
 
 
 def reaches(curve: list[tuple[int, float]], loss: float) -> float | None:
@@ -41,25 +42,35 @@ def reaches(curve: list[tuple[int, float]], loss: float) -> float | None:
     return None
 
 
-def _against(suite: Suite, others: tuple[str, ...], *, shorter: bool) -> dict[str, Any]:
+def _against(suite: Suite, others: tuple[str, ...], *, ways: bool) -> dict[str, Any]:
+    """``ways``: other ways to train MoT beside it, against the last of the ``others``."""
     catalogue, rows = Catalogue(suite.scale), []
     ratios: dict[str, list[float | None]] = {kind: [] for kind in others}
+    annealed_ratios: list[float | None] = []
     gaps: list[float] = []
     for seed in range(suite.seeds):
-        mot = suite.train(catalogue.kind("mot", seed))
+        mot = suite.train(catalogue.mixing(seed))
         rows.append(_row("mot", seed, mot))
-        if shorter:
-            rows.append(_row("mot", seed, suite.train(catalogue.kind("mot", seed, share=_SHARE))))
         for kind in others:
-            rows.append(_row(kind, seed, suite.train(catalogue.kind(kind, seed))))
-            reached = reaches(mot.curve(), rows[-1]["loss"])
-            ratios[kind].append(None if reached is None else reached / mot.run.settings.steps)
-        if shorter:
-            gaps.append(rows[-2]["loss"] - rows[-1]["loss"])
+            other = _row(kind, seed, suite.train(catalogue.kind(kind, seed)))
+            rows.append(other)
+            ratios[kind].append(_step_ratio(mot, other["loss"]))
+        if ways:
+            annealed = suite.train(catalogue.kind("mot", seed))
+            shorter = _row("mot", seed, suite.train(catalogue.mixing(seed, share=_SHARE)))
+            rows += [_row("mot, annealed", seed, annealed), shorter]
+            annealed_ratios.append(_step_ratio(annealed, other["loss"]))
+            gaps.append(shorter["loss"] - other["loss"])
     summary: dict[str, Any] = {"step_ratio": {kind: spread(found) for kind, found in ratios.items()}}
-    if shorter:
+    if ways:
+        summary["step_ratio_annealed"] = spread(annealed_ratios)
         summary["half_the_steps_minus_dense"] = spread(list(gaps))
     return {"rows": rows, "summary": summary}
+
+
+def _step_ratio(mot: Trained, loss: float) -> float | None:
+    reached = reaches(mot.curve(), loss)
+    return None if reached is None else reached / mot.run.settings.steps
 
 
 def _row(kind: str, seed: int, trained: Trained) -> dict[str, Any]:
@@ -87,7 +98,7 @@ def spread(values: list[float | None]) -> dict[str, Any]:
 def _wall_clock(suite: Suite, ratio: float | None) -> dict[str, Any]:
     """Seconds of a step of each kind, measured once, in turn, so that the machine's moods meet both alike."""
     catalogue = Catalogue(suite.scale)
-    dense, mot = catalogue.kind("dense"), catalogue.kind("mot")
+    dense, mot = catalogue.kind("dense"), catalogue.mixing()
     seconds = suite.train(mot).measured("seconds a step", lambda: _time(suite, {"dense": dense, "mot": mot}))
     slower = seconds["mot"] / seconds["dense"]
     return {"seconds_per_step": seconds, "wall_clock_ratio": None if ratio is None else ratio * slower}

@@ -165,7 +165,7 @@ def _trainer(config: ModelConfig, folder: Path, **changes: Any) -> Trainer:
 @kinds
 def test_training_learns_and_exports_the_same_kind(name: str, tmp_path: Path) -> None:
     steps = list(_trainer(KINDS[name], tmp_path).run())
-    assert steps[-1].loss < 0.5 * steps[0].loss
+    assert steps[-1].loss < 0.6 * steps[0].loss
     config = load_model(tmp_path).config
     assert config.model_type == KINDS[name].model_type
     assert config.temperature == {"mot": 0.1}.get(name, KINDS[name].temperature)
@@ -192,7 +192,7 @@ def test_the_balance_loss_balances(tmp_path: Path) -> None:
     """A router that begins at one expert is spread by a large weight and not by none."""
 
     def last_balance(weight: float) -> float:
-        trainer = _trainer(SWITCH, tmp_path / str(weight), steps=15, balance_weight=weight, capacity_factor=9.0)
+        trainer = _trainer(SWITCH, tmp_path / str(weight), steps=30, balance_weight=weight, capacity_factor=9.0)
         with torch.no_grad():
             for bank in trainer.model.banks:
                 bank.controller[:, 0] += 0.05
