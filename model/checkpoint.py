@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,13 @@ def load_model(
     model = _empty_model(config, stored, folder)
     _check(stored, model, folder)
     kind = stored[_EMBEDDING].tensor.dtype if dtype is None else dtype
-    # One tensor at a time: a conversion never holds two copies of the whole model's weights in memory.
+    # One tensor at a time, or one a thread: a conversion never holds two copies of the whole model's weights in memory.
     if large_pages and torch.device(device).type == "cpu":
-        tensors = {name: in_large_pages(stored.pop(name).tensor, kind) for name in list(stored)}
+        names = list(stored)
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # most of the time goes to pages touched first
+            tensors = dict(
+                zip(names, pool.map(lambda name: in_large_pages(stored.pop(name).tensor, kind), names), strict=True)
+            )
     else:
         tensors = {name: stored[name].tensor.to(device=device, dtype=kind) for name in stored}
     model.load_state_dict(tensors, assign=True)

@@ -47,14 +47,19 @@ class Block(nn.Module):
         return x + (mix(layer, self.mlp, normed) if isinstance(self.mlp, ExpertBank) else self.mlp(normed, arithmetic))
 
 
+def _embedding(count: int, width: int) -> nn.Embedding:
+    """Not initialised: without memory ("meta"), torch would import 800 modules for it, which takes two seconds."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class Transformer(nn.Module):
     """Parameter names are those of Hugging Face's GPT-2 without the ``transformer.`` prefix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)
+        self.wpe = _embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
