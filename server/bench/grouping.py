@@ -63,7 +63,7 @@ class Replay:
         cost: StepCost,
         *,
         max_running: int = 256,
-        prefill_tokens: int = 512,
+        prefill_tokens: int = 192,
         align_wait: float = 0.0,
     ) -> None:
         self._policy, self._cost = policy, cost

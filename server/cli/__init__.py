@@ -6,6 +6,8 @@ and nothing else there.
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from server.cli import bench, bench_grouping, checks, experiment, models, serving, training
@@ -16,5 +18,13 @@ for part in (serving, training, models, experiment, checks, bench):
 bench.bench.command("grouping")(bench_grouping.grouping)
 
 
+# Of GNU's OpenMP, which torch for CPUs computes with: how often a thread that waits for others looks before it sleeps.
+# Its own default is milliseconds, in which the threads that are waited for may lack the core that is looked on from:
+# beside other work, an event loop included, decoding took many times as long (README, "Speed").
+_LOOKS = "10000"
+
+
 def main() -> None:
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _LOOKS)  # before torch is imported
     app()

@@ -33,7 +33,7 @@ def grouping(
     ] = "auto",
     max_align_wait: Annotated[float, typer.Option(min=0, max=60_000, help="Milliseconds, as of serve.")] = 0.0,
     max_concurrent: Annotated[int, typer.Option(min=1)] = 256,
-    prefill_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    prefill_tokens: Annotated[int, typer.Option(min=1)] = 192,
     device: str = "auto",
     dtype: str = "auto",
     kernels: str = "auto",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,3 +187,17 @@ def test_flags_of_training(trained: Path, tmp_path: Path) -> None:
     assert steps[-1]["temperature_min"] < steps[-1]["temperature"] < steps[-1]["temperature_max"]
     assert (tmp_path / "run" / "model.safetensors.index.json").exists()
     assert load_model(tmp_path / "run").config.temperature == pytest.approx(0.1)  # the geometric mean
+
+
+@pytest.mark.parametrize(
+    ("environment", "looks"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_soon_sleep_unless_told_otherwise(environment: dict[str, str], looks: str | None) -> None:
+    code = "import os, sys\nfrom server.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+    code += "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules, file=sys.stderr)"
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    told = subprocess.run(
+        [sys.executable, "-c", code, "--help"], env=kept | environment, capture_output=True, text=True, check=True
+    )
+    assert told.stderr.split() == [str(looks), "False"]
