@@ -33,11 +33,12 @@ def build(
     max_running: int = 64,
     swap_blocks: int = 0,
     quantize: bool = False,
+    seed: int = 0,
 ) -> Engine:
     """Weights large enough that mixing, experts and attention all matter."""
     limits = SchedulerLimits(max_running, prefill_tokens, swap_blocks)
     model = Transformer(config)
-    model.initialize(0)
+    model.initialize(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
