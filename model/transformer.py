@@ -87,8 +87,8 @@ class Transformer(nn.Module):
 
     def initialize(self, seed: int) -> None:
         """GPT-2's initialisation: normal of 0.02, divided by sqrt(2 * layers) where a block writes to the residual.
-        Feed-forward layers begin at 1 / sqrt(n_embd) instead of 0.02, which is the same for GPT-2's widths and trains
-        narrower models of every kind faster (docs/results.md)."""
+        Feed-forward layers begin at 1 / sqrt(n_embd) instead of 0.02, nearly the same at the width of the largest GPT-2
+        and better for narrow models, dense ones most (docs/results.md)."""
         torch.manual_seed(seed)
         std, feed_forward_std = 0.02, self.config.n_embd**-0.5
         residual = 1 / math.sqrt(2 * self.config.n_layer)

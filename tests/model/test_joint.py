@@ -57,6 +57,8 @@ def _joint_by_hand(model: Transformer, ids: torch.Tensor, copies: int, temperatu
 def test_joint_copies_decode_as_by_hand(rivals: int | None) -> None:
     model = Transformer(CONFIG)
     model.initialize(3)
+    for block in model.blocks:
+        block.mlp.initialize(0.02, 0.01)  # few wins of one expert in the second layer hang on the first's rounding
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -83,7 +85,7 @@ def test_joint_copies_decode_as_by_hand(rivals: int | None) -> None:
         together = model.logits(hidden)[: 8 * 10]
     torch.testing.assert_close(together, plain, atol=1e-4, rtol=1e-4)
     same = (found - expected).abs().amax(1) < 1e-4
-    assert same.float().mean() > 0.8  # the weakest of very many wins of one expert are dropped
+    assert same.float().mean() > 0.9  # the weakest of very many wins of one expert are dropped
 
 
 def test_the_joint_losses_against_their_definition() -> None:

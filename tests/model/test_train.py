@@ -114,9 +114,12 @@ def test_micro_batches_learn_what_the_batch_learns(tmp_path: Path) -> None:
 
 def test_joint_runs_report_both_losses_apart(tmp_path: Path) -> None:
     joint, plain = make_trainer(tmp_path, joint_copies=4, joint_distill=0.0), make_trainer(tmp_path)
+    with torch.no_grad():
+        for bank in (*joint.model.banks, *plain.model.banks):
+            bank.lin2.mul_(10)  # so that it counts what experts see
     found, alone = joint.train_step(), plain.train_step()
     assert found.loss == pytest.approx(alone.loss, rel=1e-6)  # mixed cross-entropy: copies have no part in it
-    assert found.private_loss is not None and found.private_loss != pytest.approx(found.loss, rel=1e-4)
+    assert found.private_loss is not None and found.private_loss != pytest.approx(found.loss, rel=1e-3)
     assert found.joint_loss == pytest.approx(found.loss + SETTINGS.joint_weight * found.private_loss, rel=1e-5)
     assert alone.joint_loss is None and alone.private_loss is None
     assert found.gradient_norm > 0 and found.balance == 0
