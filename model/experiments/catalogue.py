@@ -40,23 +40,36 @@ class Catalogue:
     def unannealed(self) -> Run:
         return self.tempered("mot-fixed", temperature_mode="fixed")
 
+    def private(self) -> Run:
+        """Where (f) begins: the annealed MoT run in larger batches."""
+        return self.kind("mot").but("mot-private", batch=self._scale.private_batch)
+
+    def private_unannealed(self) -> Run:
+        """Its twin of constant temperature."""
+        return self.private().but("mot-private-fixed", temperature_mode="fixed")
+
+    def never_annealed(self) -> Run:
+        """The twin after as many steps as a transition makes in all: mixing that nothing was done to for privacy."""
+        return self._transition("never annealed", self.private_unannealed(), {})
+
     def joint_from_the_start(self) -> Run:
-        """What transition tuning saves: all steps of the MoT run and its control, jointly."""
-        settings = self._scale.settings
-        return self.kind("mot").but(
+        """What transition tuning saves: all steps of (f)'s start and its control, jointly."""
+        start = self.private()
+        return start.but(
             "mot-joint",
-            steps=settings.steps + self._scale.transition_steps,
-            joint_copies=settings.batch // 4,
-            joint_rivals=self._scale.config.group_size // 2 + 1,
+            steps=start.settings.steps + self._scale.transition_steps,
+            joint_copies=start.settings.batch // 4,
+            joint_rivals=start.config.group_size // 2 + 1,
         )
 
     def transitions(self) -> dict[str, Run]:
-        """Ways to go on from the annealed MoT run so that it can decode unmixed, and the control that just goes on."""
-        final = self._scale.settings.final_temperature
+        """Ways to go on from (f)'s start so that it can decode unmixed, and the control that just goes on."""
+        start = self.private()
+        final = start.settings.final_temperature
         assert isinstance(final, float), "one for all layers"
-        layers, some = self._scale.config.n_layer, self._scale.settings.batch // 4
+        layers, some = start.config.n_layer, start.settings.batch // 4
         colder = {"temperature_mode": "scheduled", "anneal_from": 0.0, "final_temperature": final / 4}
-        half = self._scale.config.group_size // 2  # and one more: a little over half of all rivals
+        half = start.config.group_size // 2  # and one more: a little over half of all rivals
         ways: dict[str, dict[str, Any]] = {
             "control": {},
             "anneal": colder,
@@ -70,11 +83,10 @@ class Catalogue:
             "joint, fewer rivals": {"joint_copies": some, "joint_rivals": half + 1},
             "joint and anneal": {"joint_copies": some, "joint_rivals": half + 1, **colder},
         }
-        return {name: self._transition(name, changes) for name, changes in ways.items()}
+        return {name: self._transition(name, start, changes) for name, changes in ways.items()}
 
-    def _transition(self, name: str, changes: dict[str, Any]) -> Run:
+    def _transition(self, name: str, start: Run, changes: dict[str, Any]) -> Run:
         """The temperature stays as it ended unless ``changes`` say otherwise."""
-        start = self.kind("mot")
         settings = dataclasses.replace(
             start.settings,
             seed=1000,  # other data than the start has seen

@@ -241,6 +241,9 @@ def test_what_the_catalogue_trains_is_valid() -> None:
         runs += [
             catalogue.kind("mot", share=0.5),
             catalogue.unannealed(),
+            catalogue.private(),
+            catalogue.private_unannealed(),
+            catalogue.never_annealed(),
             catalogue.joint_from_the_start(),
             *catalogue.transitions().values(),
         ]
