@@ -66,7 +66,7 @@ class SharedGroups:
         self._empty: Tensor | None = None
         if fill.kind == "none":
             self._empty = torch.ones(positions.shape[0] * self._size, dtype=torch.bool, device=positions.device)
-            self._empty[places] = False
+            self._empty.index_fill_(0, places, False)
         # Full groups of all rows in their order, as most are when many requests advance together: nothing to gather.
         full = positions.shape[0] * self._size
         self._in_order = rows.shape[0] == full and kernels is not None
@@ -97,8 +97,7 @@ class SharedGroups:
 
     def redistribute(self, outputs: Tensor, emit: Tensor, x: Tensor) -> Tensor:
         """The experts' answers ``[E, n, D]`` back to the rows of ``x``."""
-        if self._kernels is not None:
-            outputs = outputs.float()
+        outputs = outputs.to(torch.promote_types(outputs.dtype, x.dtype))
         out = torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
         if self._in_order and self._rows.shape[0] == x.shape[0]:
             return out.view(x.shape).to(x.dtype)
@@ -140,7 +139,8 @@ class PrivateRows:
     ``positions``, ``temperatures`` and ``skip_below`` are ``[n]``; ``live [n]`` is False for padding rows, which use no
     expert. Above temperature 0 a row uses the experts whose redistribution weight reaches its threshold; at 0 those
     whose score it wins against the crowd's ``rivals``, alone. Experts run in order, in the kernels row by row or, the
-    plain form, in tiles of constant shape: a row's bits depend on no other row.
+    plain form, in tiles of constant shape: a row's bits depend on no other row. ``every``: without kernels all experts
+    run on all rows, as a GPU, where it is the default, does sooner than find out which are needed.
     """
 
     def __init__(
@@ -153,8 +153,10 @@ class PrivateRows:
         skip_below: Tensor,
         live: Tensor,
         kernels: Kernels | None = None,
+        every: bool | None = None,
     ) -> None:
         self._kernels, self._temperatures = kernels, temperatures
+        self._every = positions.is_cuda if every is None else every
         self._fill, self._positions, self._live = fill, positions, live
         self._unmixed = temperatures == 0
         self._divisor = torch.where(self._unmixed, torch.ones_like(temperatures), temperatures)
@@ -170,7 +172,7 @@ class PrivateRows:
         mixes, emit = self._weights(layer, bank, x, own)
         used = (emit >= self._skip_below[:, None]) & (emit > 0) & self._live[:, None]
         self.experts_used += used.sum(1)
-        return sparse_experts(bank, mixes, emit, used)
+        return (every_expert if self._every else sparse_experts)(bank, mixes, emit, used)
 
     def beside(self, layer: int, bank: ExpertBank, x: Tensor, mixes: Tensor) -> tuple[Tensor, Tensor]:
         """With kernels: this layer for ``x``, and shared groups' ``mixes [E, n, D]`` through the same experts while
@@ -220,6 +222,14 @@ def _first_only(wins: Tensor, size: int) -> Tensor:
     weights = wins.new_zeros(*wins.shape, size, dtype=torch.float32)
     weights[:, :, 0] = wins
     return weights
+
+
+def every_expert(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) -> Tensor:
+    """What ``sparse_experts`` computes, without asking which experts are used: no shape depends on a value."""
+    outputs = bank.experts(mixes.transpose(0, 1).to(bank.controller.dtype))  # [E, n, D]
+    outputs = outputs.to(torch.promote_types(outputs.dtype, mixes.dtype))
+    weights = torch.where(used, emit, 0.0).to(outputs.dtype)
+    return torch.bmm(weights[:, None], outputs.transpose(0, 1))[:, 0].to(mixes.dtype)
 
 
 def sparse_experts(bank: ExpertBank, mixes: Tensor, emit: Tensor, used: Tensor) -> Tensor:

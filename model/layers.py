@@ -70,6 +70,22 @@ class TorchArithmetic:
 TORCH = TorchArithmetic()
 
 
+class WideArithmetic(TorchArithmetic):
+    """Torch's with float32 between products, whatever the weights are: rounding activations to bfloat16 cost the
+    bundled checkpoint 1.4 % of its perplexity."""
+
+    dtype: torch.dtype | None = torch.float32
+
+    def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+
+    def affine(self, x: Tensor, projection: Projection) -> Tensor:
+        return projection(x.to(projection.weight.dtype)).float()  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(hidden.to(weight.dtype), weight).float()
+
+
 # Below this many columns a matrix product's kernel may treat a row by its place among the others (measured: float32,
 # 5 to 11 columns); wider products do not.
 _NARROW = 16

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.groups import sparse_experts
+from model.groups import every_expert, sparse_experts
 from model.layers import tile_matmul
 from model.mixing import ExpertBank, exact_products
 from model.native import Kernels
@@ -42,15 +42,19 @@ def gates_of(bank: ExpertBank, probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 class TokenChoice:
     """For evaluation and serving. A row's result depends on that row alone: bit for bit with ``kernels`` or, the plain
-    form for private rows, ``tiled``; up to rounding in the plain form for public rows, expert by expert."""
+    form for private rows, ``tiled``; up to rounding in the plain form for public rows, expert by expert. ``every``: all
+    experts on all rows, as in ``groups.PrivateRows``."""
 
-    def __init__(self, kernels: Kernels | None = None, *, tiled: bool = False) -> None:
-        self._kernels, self._tiled = kernels, tiled
+    def __init__(self, kernels: Kernels | None = None, *, tiled: bool = False, every: bool = False) -> None:
+        self._kernels, self._tiled, self._every = kernels, tiled, every
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         if self._kernels is not None:
             scores = self._kernels.linear(x, bank.controller, None, by_output=False, exact=True)
             return self._kernels.routed(x, _gates(bank, scores), bank).to(x.dtype)
+        if self._every:
+            gates = _gates(bank, exact_products(x, bank.controller))
+            return every_expert(bank, x[:, None].expand(-1, gates.shape[1], -1), gates, gates > 0)
         if self._tiled:
             gates = _gates(bank, tile_matmul(x.float(), bank.controller.float()))
             return sparse_experts(bank, x[:, None].expand(-1, gates.shape[1], -1), gates, gates > 0)

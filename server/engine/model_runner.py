@@ -1,8 +1,9 @@
 """The only place of the engine that touches the model's tensors: a plan and its groups in, logits out.
 
-With the compiled kernels every row's bits depend on that row alone, so a step is one pass over all its rows. Without
-them public rows run together, and private rows never share a tensor shape with anyone: a chunk of a private prompt
-runs alone, private decoding runs in tiles of a fixed number of rows.
+With the compiled kernels every row's bits depend on that row alone, so a step is one pass over all its rows. A GPU runs
+public rows and tiles of private ones in passes of fixed shapes. Without either, public rows run together, and private
+rows never share a tensor shape with anyone: a chunk of a private prompt runs alone, private decoding runs in tiles of a
+fixed number of rows.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from model.native import Kernels, NativeArithmetic, measurable_part
 from model.token_choice import TokenChoice
 from model.transformer import Mix, Transformer
 from server.engine.batch import Batch, wanted_of
+from server.engine.fixed_passes import FixedPasses, Found
 from server.engine.plan import Chunk, Group, Plan
 
 
@@ -57,17 +59,32 @@ def _of_step(wanted: Wanted, logits: Tensor) -> StepLogits:
     return StepLogits(logits if len(sampling) == end else logits[sampling], tuple(scored))
 
 
+def _logits_of(chunks: Many[Chunk], found: Found) -> dict[Chunk, Tensor]:
+    """The rows of each chunk that need logits, of a pass over the rows of ``chunks``."""
+    parts = torch.split(found.logits, [chunk.length for chunk in chunks])
+    return {chunk: part[-count:] for chunk, part in zip(chunks, parts, strict=True) if (count := wanted_of(chunk))}
+
+
 class ModelRunner:
-    """``kernels`` None: the plain path."""
+    """``kernels`` None: fixed shapes (``fixed``, by default on a GPU) or the plain path."""
 
     def __init__(
-        self, model: Transformer, fill: Fill, *, blocks: int, block_size: int, kernels: Kernels | None = None
+        self,
+        model: Transformer,
+        fill: Fill,
+        *,
+        blocks: int,
+        block_size: int,
+        kernels: Kernels | None = None,
+        fixed: bool | None = None,
     ) -> None:
         self.model, self.fill, self.kernels = model, fill, kernels
         self.config = model.config
         self.cache = PagedKVCache(
             model.config, blocks=blocks, block_size=block_size, dtype=model.dtype, device=model.device
         )
+        fixed = model.device.type == "cuda" if fixed is None else fixed
+        self._fixed = FixedPasses(model, fill, self.cache) if fixed else None
         self._swapped: dict[int, Tensor] = {}  # by arrival: keys and values of sequences that had to make room
 
     @torch.inference_mode()
@@ -117,8 +134,10 @@ class ModelRunner:
             mix = _Both(public, shared, private, kernels)
         arithmetic = NativeArithmetic(kernels, shared=public)
         hidden = self.model(batch.ids(), batch.positions(), attention, mix, arithmetic)
-        self._tally_shared(plan.public, groups, shared)
-        self._tally_private(plan.private, private)
+        if shared is not None:
+            self._tally_shared(plan.public, groups, shared.entropy)
+        if private is not None:
+            self._tally_private(plan.private, private.entropy)
         wanted, rows = batch.wanted_rows()
         public = sum(count for chunk, count in wanted if not chunk.sequence.private)
         if len(rows) < batch.rows:
@@ -131,7 +150,17 @@ class ModelRunner:
         """Public rows together, private ones in shapes of their own."""
         found: dict[Chunk, Tensor] = {}
         if plan.public:
-            found.update(self._public(plan.public, groups))
+            fixed = self._fixed.public(plan.public, groups) if self._fixed is not None else None
+            if fixed is not None:
+                self._tally_shared(plan.public, groups, fixed.entropy)
+                found.update(_logits_of(plan.public, fixed))
+            else:
+                found.update(self._public(plan.public, groups))
+        if plan.private and self._fixed is not None:
+            fixed = self._fixed.private(plan.private)
+            if self.config.is_grouped:
+                self._tally_private(plan.private, fixed.entropy)
+            return found | _logits_of(plan.private, fixed)
         decoding = [chunk for chunk in plan.private if chunk.decodes]
         for begin in range(0, len(decoding), TILE):
             found.update(self._private_tile(decoding[begin : begin + TILE]))
@@ -145,7 +174,8 @@ class ModelRunner:
         shared = self._shared_groups(batch, groups)
         attention = PagedAttention(self.cache, self.config, batch.slots(), self._segments(batch))
         hidden = self.model(batch.ids(), batch.positions(), attention, shared or TokenChoice())
-        self._tally_shared(chunks, groups, shared)
+        if shared is not None:
+            self._tally_shared(chunks, groups, shared.entropy)
         wanted, rows = batch.wanted_rows()
         if not wanted:
             return {}
@@ -177,10 +207,9 @@ class ModelRunner:
             segments.append(decode_segment(batch.rows_of(decoding), batch.tables(decoding), ends))
         return segments + batch.prompt_segments([chunk for chunk in batch.chunks if not chunk.decodes])
 
-    def _tally_shared(self, chunks: tuple[Chunk, ...], groups: tuple[Group, ...], shared: SharedGroups | None) -> None:
-        if shared is None:
-            return
-        entropy = shared.entropy / self.config.n_layer
+    def _tally_shared(self, chunks: tuple[Chunk, ...], groups: tuple[Group, ...], entropy: Tensor) -> None:
+        """``entropy [groups]``, summed over the layers."""
+        entropy = entropy / self.config.n_layer
         owner = [chunk for chunk in chunks for _ in range(chunk.length)]
         filled = self.fill.kind == "reference"
         for group, value in zip(groups, entropy.tolist(), strict=True):
@@ -199,7 +228,8 @@ class ModelRunner:
         hidden = self.model(
             batch.ids(), batch.positions(), attention, mix or TokenChoice(tiled=True), TiledArithmetic()
         )
-        self._tally_private([chunk], mix)
+        if mix is not None:
+            self._tally_private([chunk], mix.entropy)
         count = wanted_of(chunk)
         return {chunk: self._tiled_logits(hidden[chunk.length - count :])} if count else {}
 
@@ -217,7 +247,8 @@ class ModelRunner:
         ids = torch.cat((batch.ids(), zeros))
         positions = torch.cat((batch.positions(), zeros))
         hidden = self.model(ids, positions, attention, mix or TokenChoice(tiled=True), TiledArithmetic())
-        self._tally_private(chunks, mix)
+        if mix is not None:
+            self._tally_private(chunks, mix.entropy)
         logits = self.model.logits(hidden).float()
         return {chunk: logits[row : row + 1] for row, chunk in enumerate(chunks)}
 
@@ -242,14 +273,13 @@ class ModelRunner:
             kernels=self.kernels,
         )
 
-    def _tally_private(self, chunks: Many[Chunk], mix: PrivateRows | None) -> None:
-        if mix is None:
-            return
+    def _tally_private(self, chunks: Many[Chunk], entropy: Tensor) -> None:
+        """``entropy [rows]`` or more, summed over the layers."""
         reference = self.config.group_size - 1 if self.fill.kind == "reference" else 0
-        entropy = (mix.entropy / self.config.n_layer).tolist()
+        each = (entropy / self.config.n_layer).tolist()
         row = 0
         for chunk in chunks:
-            spent = sum(entropy[row : row + chunk.length])
+            spent = sum(each[row : row + chunk.length])
             chunk.sequence.tally.add(chunk.length, chunk.length, reference * chunk.length, spent)
             row += chunk.length
 

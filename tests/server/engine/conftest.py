@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ def build(
     swap_blocks: int = 0,
     quantize: bool = False,
     seed: int = 0,
+    fixed: bool | None = None,
+    device: str = "cpu",
 ) -> Engine:
     """Weights large enough that mixing, experts and attention all matter."""
     limits = SchedulerLimits(max_running, prefill_tokens, swap_blocks)
@@ -43,20 +46,23 @@ def build(
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    model = model.to(dtype).eval().requires_grad_(False)
+    model = model.to(device, dtype).eval().requires_grad_(False)
     if quantize:
         quantize_experts(model)
     if not config.is_mot:
-        return _engine(model, Fill("none", None), limits, kernels, blocks)
+        return _engine(model, Fill("none", None), limits, kernels, blocks, fixed)
     generator = torch.Generator().manual_seed(1)
     shape = (config.n_layer, config.n_positions, config.group_size, config.n_embd)
-    crowd = ReferenceCrowd(torch.randn(shape, generator=generator).to(dtype), model.banks, fingerprint="test")
+    activations = torch.randn(shape, generator=generator).to(device, dtype)
+    crowd = ReferenceCrowd(activations, model.banks, fingerprint="test")
     fill = Fill.build("reference", config, model.banks, crowd)
-    return _engine(model, fill, limits, kernels, blocks)
+    return _engine(model, fill, limits, kernels, blocks, fixed)
 
 
-def _engine(model: Transformer, fill: Fill, limits: SchedulerLimits, kernels: Kernels | None, blocks: int) -> Engine:
-    runner = ModelRunner(model, fill, blocks=blocks, block_size=16, kernels=kernels)
+def _engine(
+    model: Transformer, fill: Fill, limits: SchedulerLimits, kernels: Kernels | None, blocks: int, fixed: bool | None
+) -> Engine:
+    runner = ModelRunner(model, fill, blocks=blocks, block_size=16, kernels=kernels, fixed=fixed)
     return Engine(runner, GroupingPolicy(model.config.group_size), limits, None, blocks=blocks)
 
 
@@ -87,9 +93,17 @@ def drive_engine() -> Callable[..., dict[str, list[Delta]]]:
 
 @pytest.fixture(params=["plain", "native"])
 def kernels(request: pytest.FixtureRequest) -> Kernels | None:
-    """Both ways to compute; the native one wherever there is a compiler."""
-    if request.param == "plain":
-        return None
+    """Both ways to compute on a CPU; the native one wherever there is a compiler."""
+    return None if request.param == "plain" else _native()
+
+
+@pytest.fixture(params=["plain", "native", "fixed"])
+def way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """All ways to compute, a GPU's fixed shapes among them, as the runner is told of them."""
+    return {"kernels": _native() if request.param == "native" else None, "fixed": request.param == "fixed"}
+
+
+def _native() -> Kernels:
     try:
         return open_kernels()
     except NativeUnavailable as error:

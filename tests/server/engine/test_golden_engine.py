@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from model.checkpoint import load_model
 from model.groups import Fill
-from model.native import Kernels
 from server.engine.engine import Engine
 from server.engine.grouping import GroupingPolicy
 from server.engine.model_runner import ModelRunner
@@ -24,15 +23,13 @@ GOLDEN = sorted(path for path in (Path(__file__).parents[2] / "golden").iterdir(
 @pytest.mark.parametrize("prefill_tokens", [512, 9, 1])
 @pytest.mark.parametrize("case", ["full_groups", "padded_group", "single"])
 @pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_prompt_logprobs(
-    folder: Path, case: str, prefill_tokens: int, kernels: Kernels | None, drive_engine: Any
-) -> None:
+def test_prompt_logprobs(folder: Path, case: str, prefill_tokens: int, way: dict[str, Any], drive_engine: Any) -> None:
     model = load_model(folder)
     expected = load_file(folder / "expected.safetensors")
     ids = expected[f"{case}.input_ids"]
     wanted = torch.log_softmax(expected[f"{case}.logits"], -1)
     fill = Fill.build("zeros", model.config, model.banks, None)
-    runner = ModelRunner(model, fill, blocks=60, block_size=4, kernels=kernels)
+    runner = ModelRunner(model, fill, blocks=60, block_size=4, **way)
     policy = GroupingPolicy(model.config.group_size)
     engine = Engine(runner, policy, SchedulerLimits(16, prefill_tokens), None, blocks=60)
     sampling = SamplingParams(max_tokens=0, prompt_logprobs=20)

@@ -43,13 +43,13 @@ _ODD = {
     [(name, private) for name, config in KINDS.items() for private in (False, True) if not private * config.is_grouped],
 )
 def test_the_engine_computes_what_the_trainer_does(
-    name: str, prefill_tokens: int, private: bool, kernels: Kernels | None, drive_engine: Any
+    name: str, prefill_tokens: int, private: bool, way: dict[str, Any], drive_engine: Any
 ) -> None:
     """Prompts in chunks, then eight tokens one by one, in full groups where the kind has groups."""
     config = KINDS[name]
     model = make(config)
     fill = Fill.build("zeros", config, model.banks, None) if config.is_grouped else Fill("none", None)
-    runner = ModelRunner(model, fill, blocks=80, block_size=4, kernels=kernels)
+    runner = ModelRunner(model, fill, blocks=80, block_size=4, **way)
     engine = Engine(runner, GroupingPolicy(config.group_size), SchedulerLimits(16, prefill_tokens), None, blocks=80)
     prompts = torch.randint(0, 61, (4, 11), generator=torch.Generator().manual_seed(3)).tolist()
     sampling = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=20, logprobs=20, ignore_eos=True)

@@ -13,6 +13,15 @@ from server.engine.request import Delta, EngineRequest, Privacy, SamplingParams,
 SMALL = ModelConfig(
     vocab_size=97, n_positions=220, n_embd=32, n_layer=2, n_head=4, group_size=4, n_expert=8, expert_size=16
 )
+CONFIGS = {
+    "mot": SMALL,
+    "over-experts": SMALL.replace(emit_softmax_over_experts=True),
+    "discrete": SMALL.replace(use_discrete_routing=True),
+    "dense": ModelConfig(model_type="gpt2", vocab_size=97, n_positions=220, n_embd=32, n_layer=2, n_head=4),
+    "expert-choice": SMALL.replace(model_type="expert-choice", temperature=0.0),
+    "switch": SMALL.replace(model_type="switch"),
+    "top-k": SMALL.replace(model_type="top-k", n_shared_expert=1, experts_per_token=2),
+}
 
 
 @dataclass
@@ -105,3 +114,29 @@ def alone(engine: Engine, request: EngineRequest) -> list[Delta]:
 def answer(deltas: list[Delta]) -> list[str]:
     """Every bit of an answer, sequence by sequence: repr of a float tells them all."""
     return [repr(delta) for delta in sorted(deltas, key=lambda delta: delta.index)]
+
+
+def given_requests(config: ModelConfig, count: int) -> list[EngineRequest]:
+    """Given tokens, so that two ways of computing cannot part at a near tie: prompts, and one token more."""
+    rng = random.Random(5)
+    requests = []
+    for number in range(count):
+        prompt = tuple(rng.randrange(config.vocab_size) for _ in range(rng.choice([1, 7, 16, 63, 64, 65, 150, 219])))
+        temperature = rng.choice([config.temperature, config.temperature / 3, 0.0])
+        privacy = Privacy(temperature, rng.choice([0.0, 0.02])) if rng.random() < 0.5 else None
+        bias = {rng.randrange(config.vocab_size): 100.0}
+        sampling = SamplingParams(
+            max_tokens=min(4, config.n_positions - len(prompt)), temperature=0, logit_bias=bias,
+            logprobs=97, prompt_logprobs=97,
+        )  # fmt: skip
+        requests.append(EngineRequest(str(number), (prompt,), sampling, n=rng.choice([1, 2]), privacy=privacy))
+    return requests
+
+
+def scores(deltas: list[Delta]) -> list[float]:
+    return [
+        value
+        for delta in deltas
+        for entry in (*(delta.prompt_logprobs or ()), *delta.logprobs)
+        for _, value in sorted(entry.top if entry is not None else ())
+    ]
