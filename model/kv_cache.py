@@ -46,7 +46,7 @@ class PagedKVCache:
 
     def read(self, layer: int, tables: Tensor, context: int) -> tuple[Tensor, Tensor]:
         """The first ``context`` keys and values of block ``tables [m, b]``: each ``[m, context, heads, head_size]``."""
-        found = self._data[layer][:, tables.flatten()]  # [2, m * b, block_size, H, hd]
+        found = self._data[layer].index_select(1, tables.flatten())  # [2, m * b, block_size, H, hd]
         both = found.view(2, tables.shape[0], -1, *found.shape[3:])[:, :, :context]
         return both[0], both[1]
 

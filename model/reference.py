@@ -70,13 +70,13 @@ class ReferenceCrowd:
         """``positions [n]`` to the crowd there ``[n, G, D]``."""
         if self.places.shape[1] == 1:
             return self.places[layer].expand(positions.shape[0], -1, -1)
-        return self.places[layer][positions]
+        return self.places[layer].index_select(0, positions)
 
     def scores_at(self, layer: int, positions: Tensor) -> Tensor:
         """``positions [n]`` to the crowd's scores there ``[n, E, G]``."""
         if self.scores.shape[1] == 1:
             return self.scores[layer].expand(positions.shape[0], -1, -1)
-        return self.scores[layer][positions]
+        return self.scores[layer].index_select(0, positions)
 
 
 @torch.inference_mode()

@@ -92,6 +92,7 @@ class Engine:
         logits = self.runner.forward(plan, groups)
         times.append(time.perf_counter())
         tokens = self.sampler.sample(logits.sampling, plan.sampling)
+        self.runner.tallies.settle()
         times.append(time.perf_counter())
         news = [(s.request.request_id, delta) for s, delta in self.results.update(plan, logits, tokens)]
         self._forget_finished(news)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.groups import Fill, PrivateRows, SharedGroups
 from model.kv_cache import PADDING_BLOCK, PagedAttention, PagedKVCache, Segment
@@ -25,7 +26,7 @@ from model.transformer import Mix, Transformer
 from server.engine.batch import Batch
 from server.engine.plan import Chunk, Group
 
-_ROWS = (8, 32, 128, 512)
+_ROWS = (8, 32, 64, 128, 256, 512)
 _GROUPS = (1, 4, 16, 64, 256)
 _FIRST_CONTEXT = 64  # tokens; a longer one has four times as many, up to the model's
 _TILE = 64  # private rows, fewer where they take more memory than this:
@@ -44,10 +45,13 @@ class Shape:
 @dataclass(frozen=True)
 class Found:
     """Of the live rows: float32 ``logits [rows, vocabulary]``; of the live groups or, in a private pass, rows: mixing
-    entropy, summed over the layers."""
+    entropy, summed over the layers. Valid until the next pass of its kind."""
 
     logits: Tensor
     entropy: Tensor
+
+    def copied(self) -> Found:
+        return Found(self.logits.clone(), self.entropy.clone())
 
 
 class FixedPasses:
@@ -65,7 +69,9 @@ class FixedPasses:
             tile //= 2
         self._tile = Shape(tile, 0, self._longest)
         self._known: dict[Shape, _Pass] = {}
-        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        # One pool each: replaying a graph overwrites what others of its pool have answered.
+        on_gpu = model.device.type == "cuda"
+        self._pools = {private: torch.cuda.graph_pool_handle() if on_gpu else None for private in (False, True)}
 
     def public(self, chunks: Sequence[Chunk], groups: Sequence[Group]) -> Found | None:
         """All rows of ``chunks`` at once; None where there are more than any shape holds."""
@@ -84,8 +90,10 @@ class FixedPasses:
     def private(self, chunks: Sequence[Chunk]) -> Found:
         """A chunk's rows follow each other, so that what one of them looks at was written before or beside it."""
         batch = Batch(chunks, block_size=self._cache.block_size, device=torch.device("cpu"))
-        inputs, run = _Inputs.of(batch), self._pass(self._tile)
-        tiles = [run(inputs.part(first, first + self._tile.rows)) for first in range(0, batch.rows, self._tile.rows)]
+        inputs, run, size = _Inputs.of(batch), self._pass(self._tile), self._tile.rows
+        if batch.rows <= size:
+            return run(inputs)
+        tiles = [run(inputs.part(first, first + size)).copied() for first in range(0, batch.rows, size)]
         return Found(torch.cat([tile.logits for tile in tiles]), torch.cat([tile.entropy for tile in tiles]))
 
     def _shape(self, batch: Batch, groups: int) -> Shape | None:
@@ -110,7 +118,7 @@ class FixedPasses:
 
     def _pass(self, shape: Shape) -> _Pass:
         if shape not in self._known:
-            self._known[shape] = _Pass(self._model, self._fill, self._cache, shape, self._pool)
+            self._known[shape] = _Pass(self._model, self._fill, self._cache, shape, self._pools[not shape.groups])
         return self._known[shape]
 
 
@@ -148,6 +156,30 @@ class _Inputs:
         return _Inputs(whole, {name: values[begin:end] for name, values in self.real.items()})
 
 
+class _Columns:
+    """Named tensors of one type that lie together, on the device and, as ``padding`` has them, in host memory: one copy
+    sets them all."""
+
+    def __init__(self, padding: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes = {name: values.shape for name, values in padding.items()}
+        self._padding = torch.cat([values.flatten() for values in padding.values()]).to(dtype)
+        self._device = self._padding.to(device, copy=True)
+        self.on_device = self._named(self._device)
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+    def set(self, values: dict[str, Tensor]) -> None:
+        """The first so many of each; padding follows."""
+        # In memory of its own: what is under way to the device must not be written over by the next pass's.
+        whole = torch.empty_like(self._padding, pin_memory=self._device.is_cuda).copy_(self._padding)
+        named = self._named(whole)
+        for name, some in values.items():
+            named[name][tuple(slice(size) for size in some.shape)] = some
+        self._device.copy_(whole, non_blocking=True)
+
+
 class _Pass:
     """One shape: its inputs on the device, and the pass over them."""
 
@@ -156,37 +188,35 @@ class _Pass:
         self._device = model.device
         rows, config = shape.rows, model.config
         # What a row that fills the shape up says: token 0 at position 0 of the padding block, in a group beyond all.
-        padding = {
-            "ids": torch.zeros(rows), "positions": torch.zeros(rows), "lengths": torch.ones(rows),
-            "slots": torch.full((rows,), PADDING_BLOCK * cache.block_size),
-            "tables": torch.full((rows, shape.blocks), PADDING_BLOCK),
-            "places": torch.full((rows,), shape.groups * config.group_size), "crowds": torch.zeros(shape.groups + 1),
-        }  # fmt: skip
-        self._padding = {name: values.long() for name, values in padding.items()}
-        self._real = {"temperatures": torch.ones(rows), "skip_below": torch.zeros(rows), "live": torch.zeros(rows)}
+        self._whole = _Columns(
+            {
+                "ids": torch.zeros(rows),
+                "positions": torch.zeros(rows),
+                "lengths": torch.ones(rows),
+                "slots": torch.full((rows,), PADDING_BLOCK * cache.block_size),
+                "tables": torch.full((rows, shape.blocks), PADDING_BLOCK),
+                "places": torch.full((rows,), shape.groups * config.group_size),
+                "crowds": torch.zeros(shape.groups + 1),
+            },
+            torch.int64,
+            model.device,
+        )
+        private = {"temperatures": torch.ones(rows), "skip_below": torch.zeros(rows), "live": torch.zeros(rows)}
+        self._real = _Columns(private, torch.float32, model.device)
         self._order = torch.arange(rows, device=self._device)
-        self._whole_on_device = {name: values.to(self._device, copy=True) for name, values in self._padding.items()}
-        self._real_on_device = {name: values.to(self._device, copy=True) for name, values in self._real.items()}
         self._run = self._compute if pool is None else _recorded(self._compute, pool)
 
     def __call__(self, inputs: _Inputs) -> Found:
-        self._fill_in(self._padding, inputs.whole, self._whole_on_device)
+        self._whole.set(inputs.whole)
         if inputs.real:
-            self._fill_in(self._real, inputs.real, self._real_on_device)
+            self._real.set(inputs.real)
         logits, entropy = self._run()
         live = inputs.whole["crowds"].shape[0] if self._shape.groups else inputs.rows
-        return Found(logits[: inputs.rows].clone(), entropy[:live].clone())
-
-    def _fill_in(self, padding: dict[str, Tensor], inputs: dict[str, Tensor], to: dict[str, Tensor]) -> None:
-        for name, values in inputs.items():
-            whole = padding[name].clone()
-            whole[tuple(slice(size) for size in values.shape)] = values
-            # From memory of its own: what is under way must not be written over by the next pass's.
-            to[name].copy_(whole.pin_memory() if to[name].is_cuda else whole, non_blocking=True)
+        return Found(logits[: inputs.rows], entropy[:live])
 
     def _compute(self) -> tuple[Tensor, Tensor]:
         """Float32 logits ``[rows, vocabulary]`` and entropies ``[groups + 1 or rows]``."""
-        given, config = self._whole_on_device, self._model.config
+        given, config = self._whole.on_device, self._model.config
         context = self._shape.blocks * self._cache.block_size
         seen = torch.arange(context, device=self._device)[None, :] < given["lengths"][:, None]
         segment = Segment(self._order, given["tables"], context, seen[:, None, None, :])
@@ -197,18 +227,19 @@ class _Pass:
             mix = self._shared() if self._shape.groups else self._private()
             entropy = mix.entropy
         arithmetic = WideArithmetic()
-        hidden = self._model(given["ids"], given["positions"], attention, mix, arithmetic)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # each row and head by itself
+            hidden = self._model(given["ids"], given["positions"], attention, mix, arithmetic)
         return self._model.logits(hidden, arithmetic), entropy
 
     def _shared(self) -> SharedGroups:
-        given, config = self._whole_on_device, self._model.config
+        given, config = self._whole.on_device, self._model.config
         return SharedGroups(
             config, self._fill, rows=self._order, places=given["places"], positions=given["crowds"],
             largest=config.group_size,
         )  # fmt: skip
 
     def _private(self) -> PrivateRows:
-        given, real = self._whole_on_device, self._real_on_device
+        given, real = self._whole.on_device, self._real.on_device
         return PrivateRows(
             self._model.config, self._fill, positions=given["positions"], temperatures=real["temperatures"],
             skip_below=real["skip_below"], live=real["live"] > 0, every=True,

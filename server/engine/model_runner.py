@@ -33,6 +33,7 @@ from model.transformer import Mix, Transformer
 from server.engine.batch import Batch, wanted_of
 from server.engine.fixed_passes import FixedPasses, Found
 from server.engine.plan import Chunk, Group, Plan
+from server.engine.tallies import Tallies
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,6 @@ def _of_step(wanted: Wanted, logits: Tensor) -> StepLogits:
     return StepLogits(logits if len(sampling) == end else logits[sampling], tuple(scored))
 
 
-def _logits_of(chunks: Many[Chunk], found: Found) -> dict[Chunk, Tensor]:
-    """The rows of each chunk that need logits, of a pass over the rows of ``chunks``."""
-    parts = torch.split(found.logits, [chunk.length for chunk in chunks])
-    return {chunk: part[-count:] for chunk, part in zip(chunks, parts, strict=True) if (count := wanted_of(chunk))}
-
-
 class ModelRunner:
     """``kernels`` None: fixed shapes (``fixed``, by default on a GPU) or the plain path."""
 
@@ -85,20 +80,25 @@ class ModelRunner:
         )
         fixed = model.device.type == "cuda" if fixed is None else fixed
         self._fixed = FixedPasses(model, fill, self.cache) if fixed else None
+        self.tallies = Tallies(model.config, filled=fill.kind == "reference")
         self._swapped: dict[int, Tensor] = {}  # by arrival: keys and values of sequences that had to make room
 
     @torch.inference_mode()
     def forward(self, plan: Plan, groups: tuple[Group, ...]) -> StepLogits:
-        """Compute the plan's rows, write their keys and values, add to their sequences' mixing tallies."""
+        """Compute the plan's rows, write their keys and values; ``tallies`` hears what mixed with what."""
         self._prepare_blocks(plan)
         if self.kernels is not None:
             wanted, logits = self._single_pass(plan, groups, self.kernels)
+        elif self._fixed is not None:
+            wanted, logits = self._fixed_passes(plan, groups, self._fixed)
         else:
-            found = self._passes(plan, groups)
-            wanted = [(chunk, found[chunk].shape[0]) for chunk in plan.chunks if chunk in found]
-            parts = [found[chunk] for chunk, _ in wanted]
-            logits = torch.cat(parts) if parts else torch.empty(0, self.config.vocab_size)
+            wanted, logits = self._in_order(plan.chunks, self._passes(plan, groups))
         return _of_step(wanted, logits)
+
+    def _in_order(self, chunks: Many[Chunk], found: dict[Chunk, Tensor]) -> tuple[Wanted, Tensor]:
+        wanted = [(chunk, found[chunk].shape[0]) for chunk in chunks if chunk in found]
+        parts = [found[chunk] for chunk, _ in wanted]
+        return wanted, torch.cat(parts) if parts else torch.empty(0, self.config.vocab_size)
 
     def _prepare_blocks(self, plan: Plan) -> None:
         for swap in plan.swap_out:
@@ -135,14 +135,41 @@ class ModelRunner:
         arithmetic = NativeArithmetic(kernels, shared=public)
         hidden = self.model(batch.ids(), batch.positions(), attention, mix, arithmetic)
         if shared is not None:
-            self._tally_shared(plan.public, groups, shared.entropy)
+            self.tallies.shared(plan.public, groups, shared.entropy)
         if private is not None:
-            self._tally_private(plan.private, private.entropy)
+            self.tallies.private(plan.private, private.entropy)
         wanted, rows = batch.wanted_rows()
         public = sum(count for chunk, count in wanted if not chunk.sequence.private)
         if len(rows) < batch.rows:
             hidden = hidden[rows]
         return wanted, self.model.logits(hidden, NativeArithmetic(kernels, shared=public))
+
+    # Public rows and tiles of private ones, in fixed shapes
+
+    def _fixed_passes(self, plan: Plan, groups: tuple[Group, ...], fixed: FixedPasses) -> tuple[Wanted, Tensor]:
+        wanted: Wanted = []
+        parts: list[Tensor] = []
+
+        def take(chunks: Many[Chunk], found: Found) -> None:
+            some, rows = self._batch(chunks).wanted_rows()
+            wanted.extend(some)
+            parts.append(found.logits if len(rows) == found.logits.shape[0] else found.logits[rows])
+
+        if plan.public:
+            found = fixed.public(plan.public, groups)
+            if found is not None:
+                self.tallies.shared(plan.public, groups, found.entropy)
+                take(plan.public, found)
+            else:
+                some, logits = self._in_order(plan.public, self._public(plan.public, groups))
+                wanted.extend(some)
+                parts.append(logits.to(self.model.device))
+        if plan.private:
+            found = fixed.private(plan.private)
+            if self.config.is_grouped:
+                self.tallies.private(plan.private, found.entropy)
+            take(plan.private, found)
+        return wanted, parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     # Public rows
 
@@ -150,17 +177,7 @@ class ModelRunner:
         """Public rows together, private ones in shapes of their own."""
         found: dict[Chunk, Tensor] = {}
         if plan.public:
-            fixed = self._fixed.public(plan.public, groups) if self._fixed is not None else None
-            if fixed is not None:
-                self._tally_shared(plan.public, groups, fixed.entropy)
-                found.update(_logits_of(plan.public, fixed))
-            else:
-                found.update(self._public(plan.public, groups))
-        if plan.private and self._fixed is not None:
-            fixed = self._fixed.private(plan.private)
-            if self.config.is_grouped:
-                self._tally_private(plan.private, fixed.entropy)
-            return found | _logits_of(plan.private, fixed)
+            found.update(self._public(plan.public, groups))
         decoding = [chunk for chunk in plan.private if chunk.decodes]
         for begin in range(0, len(decoding), TILE):
             found.update(self._private_tile(decoding[begin : begin + TILE]))
@@ -175,7 +192,7 @@ class ModelRunner:
         attention = PagedAttention(self.cache, self.config, batch.slots(), self._segments(batch))
         hidden = self.model(batch.ids(), batch.positions(), attention, shared or TokenChoice())
         if shared is not None:
-            self._tally_shared(chunks, groups, shared.entropy)
+            self.tallies.shared(chunks, groups, shared.entropy)
         wanted, rows = batch.wanted_rows()
         if not wanted:
             return {}
@@ -207,17 +224,6 @@ class ModelRunner:
             segments.append(decode_segment(batch.rows_of(decoding), batch.tables(decoding), ends))
         return segments + batch.prompt_segments([chunk for chunk in batch.chunks if not chunk.decodes])
 
-    def _tally_shared(self, chunks: tuple[Chunk, ...], groups: tuple[Group, ...], entropy: Tensor) -> None:
-        """``entropy [groups]``, summed over the layers."""
-        entropy = entropy / self.config.n_layer
-        owner = [chunk for chunk in chunks for _ in range(chunk.length)]
-        filled = self.fill.kind == "reference"
-        for group, value in zip(groups, entropy.tolist(), strict=True):
-            live = len(group.rows)
-            reference = self.config.group_size - live if filled else 0
-            for row in group.rows:
-                owner[row].sequence.tally.add(1, live, reference, value)
-
     # Private rows
 
     def _private_prompt(self, chunk: Chunk) -> dict[Chunk, Tensor]:
@@ -229,7 +235,7 @@ class ModelRunner:
             batch.ids(), batch.positions(), attention, mix or TokenChoice(tiled=True), TiledArithmetic()
         )
         if mix is not None:
-            self._tally_private([chunk], mix.entropy)
+            self.tallies.private([chunk], mix.entropy)
         count = wanted_of(chunk)
         return {chunk: self._tiled_logits(hidden[chunk.length - count :])} if count else {}
 
@@ -248,7 +254,7 @@ class ModelRunner:
         positions = torch.cat((batch.positions(), zeros))
         hidden = self.model(ids, positions, attention, mix or TokenChoice(tiled=True), TiledArithmetic())
         if mix is not None:
-            self._tally_private(chunks, mix.entropy)
+            self.tallies.private(chunks, mix.entropy)
         logits = self.model.logits(hidden).float()
         return {chunk: logits[row : row + 1] for row, chunk in enumerate(chunks)}
 
@@ -272,16 +278,6 @@ class ModelRunner:
             live=torch.tensor(live + [False] * padding, device=device),
             kernels=self.kernels,
         )
-
-    def _tally_private(self, chunks: Many[Chunk], entropy: Tensor) -> None:
-        """``entropy [rows]`` or more, summed over the layers."""
-        reference = self.config.group_size - 1 if self.fill.kind == "reference" else 0
-        each = (entropy / self.config.n_layer).tolist()
-        row = 0
-        for chunk in chunks:
-            spent = sum(each[row : row + chunk.length])
-            chunk.sequence.tally.add(chunk.length, chunk.length, reference * chunk.length, spent)
-            row += chunk.length
 
     def _tiled_logits(self, hidden: Tensor) -> Tensor:
         """``[n, D]`` to float32 ``[n, vocabulary]`` in tiles, so that a row's logits do not depend on n."""
