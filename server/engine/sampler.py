@@ -48,11 +48,7 @@ class Sampler:
         if self._kernels is not None:
             ids = columns.draw(self._kernels, adjusted)
         else:
-            tokens = _first_maximum(adjusted)
-            drawn = [i for i, s in enumerate(sequences) if _draws(s)]
-            if drawn:
-                tokens[drawn] = _draw(adjusted[drawn], [sequences[i] for i in drawn])
-            ids = tokens.tolist()
+            ids = _plain_draw(adjusted, sequences).tolist()
         rows = list(columns.scored)
         scored = self.score(logits[rows], [ids[i] for i in rows], list(columns.scored.values())) if rows else []
         found = dict(zip(rows, scored, strict=True))
@@ -157,6 +153,17 @@ class _Columns:
             uniform=torch.tensor(uniform, dtype=torch.float64),
         ).tolist()  # fmt: skip
         return tokens
+
+
+def _plain_draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """One token a row, drawn or the best: ``[rows]``."""
+    drawn = [i for i, s in enumerate(sequences) if _draws(s)]
+    if len(drawn) == len(sequences):
+        return _draw(logits, sequences)
+    tokens = _first_maximum(logits)
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [sequences[i] for i in drawn])
+    return tokens
 
 
 def _first_maximum(logits: Tensor) -> Tensor:

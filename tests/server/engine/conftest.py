@@ -60,7 +60,12 @@ def build(
 
 
 def _engine(
-    model: Transformer, fill: Fill, limits: SchedulerLimits, kernels: Kernels | None, blocks: int, fixed: bool | None = None
+    model: Transformer,
+    fill: Fill,
+    limits: SchedulerLimits,
+    kernels: Kernels | None,
+    blocks: int,
+    fixed: bool | None = None,
 ) -> Engine:
     runner = ModelRunner(model, fill, blocks=blocks, block_size=16, kernels=kernels, fixed=fixed)
     return Engine(runner, GroupingPolicy(model.config.group_size), limits, None, blocks=blocks)
