@@ -52,6 +52,11 @@ class Catalogue:
         """The twin after as many steps as a transition makes in all: mixing that nothing was done to for privacy."""
         return self._transition("never annealed", self.private_unannealed(), {})
 
+    def learnt_throughout(self) -> Run:
+        """The same with temperatures learnt by layer from the start."""
+        learnt = {"temperature_mode": "learnable"}
+        return self._transition("learnt throughout", self.private().but("mot-private-learnt", **learnt), learnt)
+
     def joint_from_the_start(self) -> Run:
         """What transition tuning saves: all steps of (f)'s start and its control, jointly."""
         start = self.private()

@@ -26,7 +26,8 @@ def private_temperature(suite: Suite) -> dict[str, Any]:
     """Perplexity over mixing and experts a token at each temperature, and a table of the ways to tune."""
     catalogue = Catalogue(suite.scale)
     checkpoints = {"fixed": catalogue.private_unannealed(), "annealed": catalogue.private()}
-    checkpoints |= {BASE: catalogue.never_annealed()} | catalogue.transitions()
+    checkpoints |= {BASE: catalogue.never_annealed(), "learnt throughout": catalogue.learnt_throughout()}
+    checkpoints |= catalogue.transitions()
     checkpoints["joint from the start"] = catalogue.joint_from_the_start()
     trained = {name: suite.train(run) for name, run in checkpoints.items()}
     base = trained[BASE].score("mixed").perplexity

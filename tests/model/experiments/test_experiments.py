@@ -244,6 +244,7 @@ def test_what_the_catalogue_trains_is_valid() -> None:
             catalogue.private(),
             catalogue.private_unannealed(),
             catalogue.never_annealed(),
+            catalogue.learnt_throughout(),
             catalogue.joint_from_the_start(),
             *catalogue.transitions().values(),
         ]
