@@ -51,8 +51,8 @@ gpu-check: setup  ## tests and benchmarks on a CUDA device
 		exit 1; }
 	$(BIN)/pytest -q -m cuda
 	$(BIN)/motserve bench kernel --device cuda --dtype bfloat16 --shape mot-medium --json
-	$(BIN)/motserve bench engine --device cuda --dtype float32 --concurrency 1,32,256 --json
-	$(BIN)/motserve bench engine --device cuda --dtype bfloat16 --shape mot-medium --concurrency 1,32,256 --json
+	$(BIN)/motserve bench engine --device cuda --concurrency 1,32,256 --private-share 0,1 --json
+	$(BIN)/motserve bench engine --device cuda --shape mot-medium --concurrency 1,32,256 --private-share 0,1 --json
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
