@@ -11,6 +11,8 @@ from torch import Tensor
 from model.kv_cache import PADDING_BLOCK, Segment, prefill_segment
 from server.engine.plan import Chunk
 
+Wanted = list[tuple[Chunk, int]]  # chunks with rows of logits, and how many
+
 
 class Batch:
     """``chunks`` laid out one after the other: ``starts`` says at which row each begins."""
@@ -61,7 +63,15 @@ class Batch:
             for (start, length), same in alike.items()
         ]
 
-    def wanted_rows(self) -> tuple[list[tuple[Chunk, int]], Tensor]:
+    def privacy(self) -> tuple[Tensor, Tensor]:
+        """Temperatures and thresholds of private rows, both ``[rows]`` in float32."""
+        pairs = [(chunk.sequence.request.privacy, chunk.length) for chunk in self.chunks]
+        assert all(privacy is not None for privacy, _ in pairs), "a public chunk among the private ones"
+        temperatures = [privacy.temperature for privacy, length in pairs if privacy for _ in range(length)]
+        skip_below = [privacy.skip_below for privacy, length in pairs if privacy for _ in range(length)]
+        return torch.tensor(temperatures, device=self._device), torch.tensor(skip_below, device=self._device)
+
+    def wanted_rows(self) -> tuple[Wanted, Tensor]:
         """The chunks whose last so many rows need logits, and those rows."""
         wanted = [(chunk, count) for chunk in self.chunks if (count := wanted_of(chunk))]
         rows = [self.starts[chunk] + chunk.length - count + i for chunk, count in wanted for i in range(count)]

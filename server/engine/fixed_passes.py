@@ -23,8 +23,10 @@ from model.kv_cache import PADDING_BLOCK, PagedAttention, PagedKVCache, Segment
 from model.layers import WideArithmetic
 from model.token_choice import TokenChoice
 from model.transformer import Mix, Transformer
-from server.engine.batch import Batch
-from server.engine.plan import Chunk, Group
+from server.engine.batch import Batch, Wanted
+from server.engine.plain_passes import PlainPasses
+from server.engine.plan import Chunk, Group, Plan
+from server.engine.tallies import Tallies
 
 _ROWS = (8, 32, 64, 128, 256, 512)
 _GROUPS = (1, 4, 16, 64, 256)
@@ -58,8 +60,9 @@ class FixedPasses:
     """Public rows in the smallest of the shapes that holds them, private ones in tiles. On a CPU nothing is recorded:
     passes run as they are, for tests."""
 
-    def __init__(self, model: Transformer, fill: Fill, cache: PagedKVCache) -> None:
-        self._model, self._fill, self._cache = model, fill, cache
+    def __init__(self, model: Transformer, fill: Fill, cache: PagedKVCache, tallies: Tallies) -> None:
+        self._model, self._fill, self._cache, self._tallies = model, fill, cache, tallies
+        self._plain = PlainPasses(model, fill, cache, tallies)  # for more public rows than any shape holds
         config = model.config
         self._longest = -(-config.n_positions // cache.block_size)  # blocks
         self._experts = config.n_expert + config.n_shared_expert if config.has_experts else 0
@@ -73,7 +76,33 @@ class FixedPasses:
         on_gpu = model.device.type == "cuda"
         self._pools = {private: torch.cuda.graph_pool_handle() if on_gpu else None for private in (False, True)}
 
-    def public(self, chunks: Sequence[Chunk], groups: Sequence[Group]) -> Found | None:
+    def __call__(self, plan: Plan, groups: Sequence[Group]) -> tuple[Wanted, Tensor]:
+        """The chunks that need logits, and these, float32, in the plan's order."""
+        parts: list[tuple[Wanted, Tensor]] = []
+        if plan.public:
+            found = self._public(plan.public, groups)
+            if found is None:
+                parts.append(self._plain.public(plan.public, groups))
+            else:
+                self._tallies.shared(plan.public, groups, found.entropy)
+                parts.append(self._wanted(plan.public, found))
+        if plan.private:
+            found = self._private(plan.private)
+            if self._model.config.is_grouped:
+                self._tallies.private(plan.private, found.entropy)
+            parts.append(self._wanted(plan.private, found))
+        if len(parts) == 1:
+            return parts[0]
+        empty = torch.empty(0, self._model.config.vocab_size, device=self._model.device)
+        wanted = [one for some, _ in parts for one in some]
+        return wanted, torch.cat([empty, *(logits for _, logits in parts)])
+
+    def _wanted(self, chunks: Sequence[Chunk], found: Found) -> tuple[Wanted, Tensor]:
+        batch = Batch(chunks, block_size=self._cache.block_size, device=self._model.device)
+        wanted, rows = batch.wanted_rows()
+        return wanted, found.logits if len(rows) == batch.rows else found.logits[rows]
+
+    def _public(self, chunks: Sequence[Chunk], groups: Sequence[Group]) -> Found | None:
         """All rows of ``chunks`` at once; None where there are more than any shape holds."""
         batch = Batch(chunks, block_size=self._cache.block_size, device=torch.device("cpu"))
         shape = self._shape(batch, len(groups))
@@ -87,7 +116,7 @@ class FixedPasses:
         crowds = [group.position for group in groups]
         return self._pass(shape)(_Inputs.of(batch, places=places, crowds=crowds))
 
-    def private(self, chunks: Sequence[Chunk]) -> Found:
+    def _private(self, chunks: Sequence[Chunk]) -> Found:
         """A chunk's rows follow each other, so that what one of them looks at was written before or beside it."""
         batch = Batch(chunks, block_size=self._cache.block_size, device=torch.device("cpu"))
         inputs, run, size = _Inputs.of(batch), self._pass(self._tile), self._tile.rows
@@ -139,13 +168,8 @@ class _Inputs:
         whole["tables"] = tables
         if places is not None and crowds is not None:
             return cls(whole | {"places": batch.numbers(places), "crowds": batch.numbers(crowds)}, {})
-        privacy = [c.sequence.request.privacy for c in chunks for _ in range(c.length)]
-        real = {
-            "temperatures": torch.tensor([p.temperature if p else 1.0 for p in privacy]),
-            "skip_below": torch.tensor([p.skip_below if p else 0.0 for p in privacy]),
-            "live": torch.ones(len(privacy)),
-        }
-        return cls(whole, real)
+        temperatures, skip_below = batch.privacy()
+        return cls(whole, {"temperatures": temperatures, "skip_below": skip_below, "live": torch.ones(batch.rows)})
 
     @property
     def rows(self) -> int:

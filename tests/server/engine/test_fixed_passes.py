@@ -62,11 +62,11 @@ def test_more_rows_than_a_shape_has_and_smaller_tiles(
 
 def test_a_private_tile_holds_fewer_rows_where_they_take_much_memory(build_engine: Any) -> None:
     runner = build_engine(SMALL, fixed=True).runner
-    passes = runner._fixed
-    assert passes is not None and passes._tile.rows == 64
+    passes = runner._compute
+    assert isinstance(passes, fixed_passes.FixedPasses) and passes._tile.rows == 64
     long = SMALL.replace(n_positions=4096, n_embd=2048, n_head=8)
     with torch.device("meta"):
         model = type(runner.model)(long)
-    tile = fixed_passes.FixedPasses(model, runner.fill, runner.cache)._tile
+    tile = fixed_passes.FixedPasses(model, runner.fill, runner.cache, runner.tallies)._tile
     assert 1 <= tile.rows < 64
     assert passes._bytes(tile) <= fixed_passes._LARGEST
