@@ -33,6 +33,15 @@ void motserve_linear(const float* x, const void* weight, const float* bias, floa
     else linear(x, static_cast<const float*>(weight), bias, out, rows, K, N, by_output, exact);
 }
 
+// Whether products of bfloat16 are made in tiles.
+int32_t motserve_tiles() {
+#ifdef MOTSERVE_TILES
+    return tiles_here();
+#else
+    return 0;
+#endif
+}
+
 void motserve_bank(const float* mixes, const void* lin1, const void* lin2, const float* scale1, const float* scale2,
                    float* out, int64_t E, int64_t n, int64_t D, int64_t S, int32_t activation, int32_t weights) {
     with_experts(lin1, lin2, scale1, scale2, D, S, activation, weights,

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "pair_columns.h"
 #include "pair_dots.h"
 #include "products.h"
+#include "tiles.h"
 
 namespace {
 
@@ -60,10 +62,53 @@ void paired_stripe(const PackedRows& packed, long rows, const W* weight, long K,
     }
 }
 
+// To columns [begin, end) of all rows; none where it is null.
+inline void add_bias(const float* bias, long begin, long end, const std::vector<float*>& rows) {
+    if (bias == nullptr) return;
+    for (float* row : rows)
+        for (long j = begin; j < end; ++j) row[j] += bias[j];
+}
+
+#ifdef MOTSERVE_TILES
+inline void linear_in_tiles(const float* x, const bf16* weight, const float* bias, float* out, long rows, long K, long N,
+                            bool by_output) {
+    const auto from = row_pointers(x, rows, K);
+    const auto to = row_pointers(out, rows, N);
+    TileRows packed;
+    packed.pack(from.data(), rows, K, by_output);
+    const long stripe = by_output ? std::max(32L, std::min(256L, N / 4 / 32 * 32)) : stripe_of(N);
+    const long stripes = (N + stripe - 1) / stripe;
+#pragma omp parallel if (rows * K * N > SERIAL)
+    {
+        const TilesInUse tiles;
+        TileMemory memory;
+#pragma omp for schedule(static)
+        for (long s = 0; s < stripes; ++s) {
+            const long begin = s * stripe, end = std::min(N, begin + stripe);
+            if (by_output) {
+                tile_dots(packed, weight, K, N, begin, end, to.data());
+            } else {
+                std::vector<float*> at(rows);
+                for (long r = 0; r < rows; ++r) at[r] = to[r] + begin;
+                uint32_t* panel = memory.words(packed_words(end - begin, packed.steps));
+                pack_weights(weight + begin, K, end - begin, N, panel);
+                tile_columns(packed, panel, end - begin, at.data());
+            }
+            add_bias(bias, begin, end, to);
+        }
+    }
+}
+#endif
+
 // exact: rows are not rounded, whatever the weights are.
 template <class W>
 void linear(const float* x, const W* weight, const float* bias, float* out, long rows, long K, long N, bool by_output,
             bool exact) {
+#ifdef MOTSERVE_TILES
+    if constexpr (std::is_same_v<W, bf16>)
+        if (!exact && tiles_here() && (!by_output || (K % TERMS == 0 && N >= 2 * TILE)))
+            return linear_in_tiles(x, weight, bias, out, rows, K, N, by_output);
+#endif
     const auto from = row_pointers(x, rows, K);
     const auto to = row_pointers(out, rows, N);
     PackedRows packed;
@@ -77,9 +122,7 @@ void linear(const float* x, const W* weight, const float* bias, float* out, long
         if (paired) paired_stripe(packed, rows, weight, K, N, begin, end, by_output, to.data());
         else if (by_output) dot_products(from.data(), rows, weight, K, begin, end, to.data());
         else row_products(from.data(), rows, weight, K, N, begin, end, weight + end - begin, to.data());
-        if (bias != nullptr)
-            for (long r = 0; r < rows; ++r)
-                for (long j = begin; j < end; ++j) to[r][j] += bias[j];
+        add_bias(bias, begin, end, to);
     }
 }
 

@@ -9,6 +9,7 @@ from model.native import Kernels, NativeUnavailable, open_kernels
 # As far as this processor can run it.
 VARIANTS = {
     "native": (),
+    "no tiles": ("-mno-amx-bf16",),
     "no pairs": ("-mno-avx512bf16", "-mno-avx512vnni"),
     "avx2": ("-march=x86-64-v3",),
     "portable": ("-march=x86-64",),

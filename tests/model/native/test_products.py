@@ -40,7 +40,7 @@ def test_linear(
 
 @pytest.mark.parametrize("by_output", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("inner", "outer"), [(96, 192), (131, 75)])
+@pytest.mark.parametrize(("inner", "outer"), [(96, 192), (64, 81), (131, 75)])
 def test_a_row_is_the_same_among_any_number(
     variant: Kernels, dtype: torch.dtype, by_output: bool, inner: int, outer: int
 ) -> None:
