@@ -131,16 +131,14 @@ def _private_experts(axes: Any, result: Result) -> None:
 
 
 def _ways(axes: Any, result: Result) -> None:
-    """What each way to tune costs mixing, and what T = 0 then costs over mixing that was never annealed."""
+    """What each way to tune costs mixing, and what T = 0 then costs over the control's mixing."""
     for way in result["summary"]["ways"]:
-        if not way["steps"]:
-            continue
-        x, y = way["mixed_over_base"], way["unmixed"]["over_base"]
+        x, y = way["mixed_over_control"], way["unmixed"]["over_control"]
         axes.plot([x], [y], "*" if way["checkpoint"] == result["summary"]["best"] else "o")
         axes.annotate(way["checkpoint"], (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.axvline(1.01, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("mixing, over never annealed")
-    axes.set_title("T = 0, over never annealed mixing")
+    axes.set_xlabel("mixing, over the control")
+    axes.set_title("T = 0, over the control's mixing")
 
 
 def _which_crowd(axes: Any, result: Result) -> None:

@@ -41,52 +41,37 @@ class Catalogue:
         return self.tempered("mot-fixed", temperature_mode="fixed")
 
     def private(self) -> Run:
-        """Where (f) begins: the annealed MoT run in larger batches."""
-        return self.kind("mot").but("mot-private", batch=self._scale.private_batch)
+        """Where (f) begins: a model for mixing alone, temperatures learnt by layer throughout, in larger batches."""
+        return self.kind("mot").but("mot-private", batch=self._scale.private_batch, temperature_mode="learnable")
 
-    def private_unannealed(self) -> Run:
-        """Its twin of constant temperature."""
-        return self.private().but("mot-private-fixed", temperature_mode="fixed")
-
-    def never_annealed(self) -> Run:
-        """The twin after as many steps as a transition makes in all: mixing that nothing was done to for privacy."""
-        return self._transition("never annealed", self.private_unannealed(), {})
-
-    def learnt_throughout(self) -> Run:
-        """The same with temperatures learnt by layer from the start."""
-        learnt = {"temperature_mode": "learnable"}
-        return self._transition("learnt throughout", self.private().but("mot-private-learnt", **learnt), learnt)
-
-    def joint_from_the_start(self) -> Run:
-        """What transition tuning saves: all steps of (f)'s start and its control, jointly."""
-        start = self.private()
-        return start.but(
-            "mot-joint",
+    def private_annealed(self) -> Run:
+        """Its twin that is annealed while it trains, for as many steps as a transition makes in all: from about the
+        temperature that the other one learns to a tenth of it."""
+        start, warm = self.private(), self._scale.private_temperature
+        settings = dataclasses.replace(
+            start.settings,
             steps=start.settings.steps + self._scale.transition_steps,
-            joint_copies=start.settings.batch // 4,
-            joint_rivals=start.config.group_size // 2 + 1,
+            temperature_mode="scheduled",
+            final_temperature=warm / 10,
         )
+        return Run("mot-private-annealed", start.config.replace(temperature=warm), settings)
 
     def transitions(self) -> dict[str, Run]:
         """Ways to go on from (f)'s start so that it can decode unmixed, and the control that just goes on."""
         start = self.private()
-        final = start.settings.final_temperature
-        assert isinstance(final, float), "one for all layers"
-        layers, some = start.config.n_layer, start.settings.batch // 4
-        colder = {"temperature_mode": "scheduled", "anneal_from": 0.0, "final_temperature": final / 4}
-        half = start.config.group_size // 2  # and one more: a little over half of all rivals
+        some = start.settings.batch // 4
+        cold, colder = (
+            {"temperature_mode": "scheduled", "anneal_from": 0.0, "final_temperature": final}
+            for final in (start.config.temperature, start.settings.final_temperature)
+        )
         ways: dict[str, dict[str, Any]] = {
-            "control": {},
-            "anneal": colder,
-            "anneal but layer 1": {**colder, "final_temperature": (final,) + (final / 4,) * (layers - 1)},
-            "learn by layer": {"temperature_mode": "learnable"},
+            "control": {"temperature_mode": "learnable"},
+            "anneal": cold,
+            "anneal further": colder,
             "joint": {"joint_copies": some},
             "joint, light": {"joint_copies": some, "joint_weight": 0.1},
             "joint, heavy": {"joint_copies": 2 * some, "joint_weight": 1.0},
-            "joint, no teacher": {"joint_copies": some, "joint_distill": 0.0},
-            "joint, teacher only": {"joint_copies": some, "joint_distill": 1.0},
-            "joint, fewer rivals": {"joint_copies": some, "joint_rivals": half + 1},
-            "joint and anneal": {"joint_copies": some, "joint_rivals": half + 1, **colder},
+            "joint, heavy, and anneal": {"joint_copies": 2 * some, "joint_weight": 1.0, **cold},
         }
         return {name: self._transition(name, start, changes) for name, changes in ways.items()}
 

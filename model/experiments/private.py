@@ -1,8 +1,8 @@
-"""(f): private decoding at temperatures from 1 to 0, before and after annealing, and after transition tuning.
+"""(f): private decoding at temperatures from the checkpoint's to 0, after annealing and after transition tuning.
 
-Transition tuning goes on from an annealed checkpoint for a fraction of its steps so that T = 0 works: an expert is
-used exactly when a token beats the whole reference crowd. The control goes on for as long without it. What all that
-costs mixing is told against a model of as many steps that was never annealed.
+Transition tuning goes on from a checkpoint that mixes, for a fraction of its steps, so that T = 0 works: an expert is
+used exactly when a token beats the whole reference crowd. The control goes on for as long without it, and what others
+mix is told against it. The annealed model had as many steps in all.
 """
 
 from __future__ import annotations
@@ -14,53 +14,48 @@ from model.evaluate import Evaluation
 from model.experiments.catalogue import Catalogue
 from model.experiments.suite import Suite, Trained
 
-_TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)  # over that at which training begins
+_TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)  # over that at which training ended
 _SKIPS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
 _SKIP_BELOW = 0.01  # of the curves over temperature
 _FRACTIONS = (1.0, 0.7)
-_MIXING_MAY_LOSE = 1.01  # perplexity of mixing over that of the base, at most
-BASE, CONTROL = "never annealed", "control"
+_MIXING_MAY_LOSE = 1.01  # perplexity of mixing over the control's, at most
+CONTROL = "control"
 
 
 def private_temperature(suite: Suite) -> dict[str, Any]:
     """Perplexity over mixing and experts a token at each temperature, and a table of the ways to tune."""
     catalogue = Catalogue(suite.scale)
-    checkpoints = {"fixed": catalogue.private_unannealed(), "annealed": catalogue.private()}
-    checkpoints |= {BASE: catalogue.never_annealed(), "learnt throughout": catalogue.learnt_throughout()}
-    checkpoints |= catalogue.transitions()
-    checkpoints["joint from the start"] = catalogue.joint_from_the_start()
+    checkpoints = {"annealed": catalogue.private_annealed()} | catalogue.transitions()
     trained = {name: suite.train(run) for name, run in checkpoints.items()}
-    base = trained[BASE].score("mixed").perplexity
-    ways = [_way(name, found, base) for name, found in trained.items()]
-    tuned = [way for way in ways if way["steps"]]
-    fair = [way for way in tuned if way["mixed_over_base"] <= _MIXING_MAY_LOSE]  # the base itself is
-    best, closest = (min(some, key=lambda way: way["unmixed"]["perplexity"])["checkpoint"] for some in (fair, tuned))
-    shown = dict.fromkeys(("fixed", "annealed", BASE, CONTROL, best, closest))
+    control = trained[CONTROL].score("mixed").perplexity
+    ways = [_way(name, found, control) for name, found in trained.items()]
+    fair = [way for way in ways if way["mixed_over_control"] <= _MIXING_MAY_LOSE]  # the control itself is
+    best, closest = (min(some, key=lambda way: way["unmixed"]["perplexity"])["checkpoint"] for some in (fair, ways))
+    shown = dict.fromkeys(("annealed", CONTROL, best, closest))
     rows = [row for name in shown for row in _by_temperature(name, trained[name])]
     summary = {"ways": ways, "best": best, "closest": closest, "experts": suite.scale.config.n_expert}
     return {"rows": rows, "summary": summary}
 
 
-def _way(name: str, trained: Trained, base: float) -> dict[str, Any]:
+def _way(name: str, trained: Trained, control: float) -> dict[str, Any]:
     mixed = trained.score("mixed").perplexity
     rivals, unmixed = _best_rivals(trained)
     strict = trained.score("private_unmixed")
     return {
         "checkpoint": name,
-        "steps": trained.run.settings.steps if trained.run.start else 0,  # beyond the annealed checkpoint
         "mixed": mixed,
-        "mixed_over_base": mixed / base,
-        "unmixed": {"rivals": rivals, **_against(unmixed, mixed, base)},
-        "unmixed_all_rivals": _against(strict, mixed, base),
+        "mixed_over_control": mixed / control,
+        "unmixed": {"rivals": rivals, **_against(unmixed, mixed, control)},
+        "unmixed_all_rivals": _against(strict, mixed, control),
         "pair": vars(_pair(trained, mixed)),
     }
 
 
-def _against(found: Evaluation, mixed: float, base: float) -> dict[str, float]:
+def _against(found: Evaluation, mixed: float, control: float) -> dict[str, float]:
     return {
         "perplexity": found.perplexity,
         "over_mixed": found.perplexity / mixed,
-        "over_base": found.perplexity / base,
+        "over_control": found.perplexity / control,
         "experts_per_token": found.experts_per_token,
     }
 
@@ -93,7 +88,7 @@ def _by_temperature(name: str, trained: Trained) -> list[dict[str, Any]]:
     mixed = trained.score("mixed").perplexity
     rows = []
     for fraction in _TEMPERATURES:
-        temperature = fraction * trained.run.config.temperature
+        temperature = fraction * trained.config.temperature
         skip_below = _SKIP_BELOW if temperature else 0.0
         found = trained.score("private", temperature=temperature, skip_below=skip_below)
         rows.append(

@@ -19,13 +19,14 @@ class Scale:
     the finer they are, the sooner they learn (docs/results.md). MoT starts at T = 0.05, not 1: with
     controllers as small as they begin, T = 1 mixes all alike, and hundreds of steps pass before that changes.
 
-    For private decoding a step needs several groups a position: with one, mixing weights stay soft however long
-    training lasts, with four they part within some hundred steps (docs/results.md)."""
+    The runs for private decoding have four groups a position, so that experts see enough tokens to tell them apart, and
+    mix best at the temperature that is learnt there (docs/results.md)."""
 
     name: str
     config: ModelConfig
     settings: TrainSettings
     private_batch: int  # sequences a step of the runs of (f): several groups a position
+    private_temperature: float  # at which those that do not learn theirs begin
     transition_steps: int  # of a run that goes on from a finished one
     transition_rate: float  # its peak learning rate over that of the run that it goes on from
     windows: int  # of validation text, a multiple of four groups
@@ -47,6 +48,7 @@ def scale_named(name: str) -> Scale:
                 steps=1200, batch=16, length=64, warmup=50, learning_rate=5e-3, final_temperature=0.02, save_every=100
             ),
             private_batch=64,
+            private_temperature=0.3,
             transition_steps=300,
             transition_rate=0.5,
             windows=256,
@@ -63,6 +65,7 @@ def scale_named(name: str) -> Scale:
                 steps=12, batch=8, length=16, warmup=2, learning_rate=4e-3, final_temperature=0.02, save_every=5
             ),
             private_batch=16,
+            private_temperature=0.3,
             transition_steps=6,
             transition_rate=0.5,
             windows=16,

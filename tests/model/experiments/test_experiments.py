@@ -114,8 +114,8 @@ def test_a_transition_goes_on_from_where_its_start_ended(suite: Suite) -> None:
     run = Catalogue(SCALE).transitions()["control"]
     assert run.start is not None
     start, control = suite.train(run.start), suite.train(run)
-    assert start.config.temperature == pytest.approx(0.02) and control.config.temperature == start.config.temperature
-    assert control.log()[0]["temperature"] == start.config.temperature
+    assert start.config.temperature != SCALE.config.temperature  # it was learnt
+    assert control.log()[0]["temperature"] == pytest.approx(start.config.temperature, rel=0.05)
     assert control.curve()[0][1] < 1.1 * start.curve()[-1][1]
 
 
@@ -242,10 +242,7 @@ def test_what_the_catalogue_trains_is_valid() -> None:
             catalogue.kind("mot", share=0.5),
             catalogue.unannealed(),
             catalogue.private(),
-            catalogue.private_unannealed(),
-            catalogue.never_annealed(),
-            catalogue.learnt_throughout(),
-            catalogue.joint_from_the_start(),
+            catalogue.private_annealed(),
             *catalogue.transitions().values(),
         ]
         for run in runs:
