@@ -77,6 +77,7 @@ class Traffic:
     vocabulary: int | None = None
     shared_prefix: int = 0
     texts: Sequence[str] = ()
+    temperature: float | None = None  # None: not sent
     ignore_eos: bool = True
     token_ids: bool = False
     cache_salt: str | None = None
@@ -104,6 +105,8 @@ class Traffic:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
         if self.ignore_eos:
             body["ignore_eos"] = True
         if self.token_ids:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from server.bench.machine import Limits, Machine, median_of
@@ -17,23 +19,39 @@ PARTS = ("scheduling", "grouping", "model", "sampling", "results")
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """``concurrency`` requests of ``prompt_tokens`` that all decode ``output_tokens``; the first ``private_share`` of
-    them private. ``spread``: prompts are up to so many tokens shorter, so that positions differ."""
+    """``concurrency`` requests of ``prompt_tokens`` that all decode ``output_tokens``, begun together; the first
+    ``private_share`` of them private. ``spread``: prompts are up to so many tokens shorter, so that positions differ.
+    With ``requests``, so many in all, ``concurrency`` of them under way (closed loop), private ones evenly among them.
+    ``temperature``: what tokens are drawn at, 0: greedy."""
 
     concurrency: int
     private_share: float
     prompt_tokens: int
     output_tokens: int
     spread: int = 0
+    requests: int | None = None
+    temperature: float = 0.8
+
+    @property
+    def total(self) -> int:
+        return self.requests or self.concurrency
+
+    def private(self, number: int) -> bool:
+        """Whether the ``number``-th request is."""
+        if self.requests is None:
+            return number < round(self.concurrency * self.private_share)
+        before, after = (math.floor(count * self.private_share + 0.5) for count in (number, number + 1))
+        return after > before
 
 
 @dataclass(frozen=True)
 class EngineResult:
     """Medians over repeats. Decode rates are of steps in which nobody's prompt is computed any more and nobody has
-    finished; ``shares`` are of those steps' time. ``whole_tokens_per_second``: of whole runs, prompts included, as a
-    client of the server counts them."""
+    finished, in a closed loop of all steps; ``shares`` are of those steps' time. ``whole_tokens_per_second``: of whole
+    runs, prompts included, as a client of the server counts them."""
 
     concurrency: int
+    requests: int
     private_share: float
     output_tokens_per_second: float
     whole_tokens_per_second: float
@@ -66,13 +84,14 @@ def bench_engine(
     weights = sum(p.numel() * p.element_size() for p in engine.runner.model.parameters())
     for load in loads:
         engine.check(_requests(engine, load, privacy, 0)[0])
-    _run(engine, _requests(engine, loads[0], privacy, 0))  # warms caches and allocators up
+    first = replace(loads[0], requests=None)
+    _run(engine, _requests(engine, first, privacy, 0), first.concurrency)  # warms caches and allocators up
     taken: list[list[list[StepStats]]] = [[] for _ in loads]
     limits: list[list[Limits]] = [[] for _ in loads]
     for repeat in range(repeats):
         for place, load in enumerate(loads):
             limits[place].append(machine.limits())
-            taken[place].append(_run(engine, _requests(engine, load, privacy, repeat)))
+            taken[place].append(_run(engine, _requests(engine, load, privacy, repeat), load.concurrency))
             progress((repeat * len(loads) + place + 1) / (repeats * len(loads)))
     for load, runs, found in zip(loads, taken, limits, strict=True):
         yield _result(load, runs, median_of(found), weights)
@@ -80,29 +99,33 @@ def bench_engine(
 
 def _requests(engine: Engine, load: EngineLoad, privacy: Privacy, seed: int) -> list[EngineRequest]:
     rng = random.Random(f"{seed}:{load}")
-    private = round(load.concurrency * load.private_share)
-    sampling = SamplingParams(max_tokens=load.output_tokens, temperature=0.8, seed=seed, ignore_eos=True)
+    params = SamplingParams(load.output_tokens, temperature=load.temperature, seed=seed, ignore_eos=True)
     requests = []
-    for number in range(load.concurrency):
+    for number in range(load.total):
         length = max(1, load.prompt_tokens - (rng.randint(0, load.spread) if load.spread else 0))
         prompt = tuple(rng.randrange(engine.config.vocab_size) for _ in range(length))
-        chosen = privacy if number < private else None
-        requests.append(EngineRequest(f"bench-{seed}-{number}", (prompt,), sampling, privacy=chosen))
+        chosen = privacy if load.private(number) else None
+        requests.append(EngineRequest(f"bench-{seed}-{number}", (prompt,), params, privacy=chosen))
     return requests
 
 
-def _run(engine: Engine, requests: Sequence[EngineRequest]) -> list[StepStats]:
-    for request in requests:
+def _run(engine: Engine, requests: Sequence[EngineRequest], at_once: int) -> list[StepStats]:
+    """``at_once`` of them under way, each replaced when it ends."""
+    waiting = iter(requests)
+    for request in islice(waiting, at_once):
         engine.add(request)
     steps = []
     while not engine.idle:
-        engine.step()
+        news = engine.step()
         steps.append(engine.last_step)
+        for request in islice(waiting, sum(delta.finish_reason is not None for _, delta in news)):
+            engine.add(request)
     return steps
 
 
 def _result(load: EngineLoad, runs: list[list[StepStats]], limits: Limits, weights: int) -> EngineResult:
-    decoding = [[step for step in run if step.decode_tokens == load.concurrency] for run in runs]
+    closed = load.requests is not None
+    decoding = [[step for step in run if closed or step.decode_tokens == load.concurrency] for run in runs]
     prefill = [[step for step in run if step.prefill_tokens] for run in runs]
     middle = statistics.median
     total = sum(step.seconds for run in decoding for step in run)
@@ -110,9 +133,10 @@ def _result(load: EngineLoad, runs: list[list[StepStats]], limits: Limits, weigh
     seconds = middle(step.seconds for run in decoding for step in run)
     return EngineResult(
         load.concurrency,
+        load.total,
         load.private_share,
         middle(sum(s.decode_tokens for s in run) / sum(s.seconds for s in run) for run in decoding),
-        middle(load.concurrency * load.output_tokens / sum(s.seconds for s in run) for run in runs),
+        middle(load.total * load.output_tokens / sum(s.seconds for s in run) for run in runs),
         middle(sum(s.prefill_tokens for s in run) / sum(s.seconds for s in run) for run in prefill),
         seconds,
         middle(step.public_groups for run in decoding for step in run),

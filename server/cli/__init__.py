@@ -10,11 +10,12 @@ import os
 
 import typer
 
-from server.cli import bench, bench_grouping, checks, experiment, models, serving, training
+from server.cli import bench, bench_grouping, bench_serve, checks, experiment, models, serving, training
 
 app = typer.Typer(name="motserve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for part in (serving, training, models, experiment, checks, bench):
     app.add_typer(part.app)
+bench.bench.command("serve")(bench_serve.serve)
 bench.bench.command("grouping")(bench_grouping.grouping)
 
 

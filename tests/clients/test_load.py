@@ -76,7 +76,9 @@ def test_arrivals_are_a_poisson_process() -> None:
 
 
 def test_bodies_say_what_was_asked_for() -> None:
-    traffic = Traffic(Lengths(4, 9), Lengths(5, 7), "demo", 30, shared_prefix=6, cache_salt="s", token_ids=True)
+    traffic = Traffic(
+        Lengths(4, 9), Lengths(5, 7), "demo", 30, shared_prefix=6, cache_salt="s", token_ids=True, temperature=0
+    )
     sent = bodies(traffic, Load(40, 2, private_share=0.5))
     prompts = [body["prompt"] for body in sent]
     assert {tuple(prompt[:6]) for prompt in prompts} == {tuple(prompts[0][:6])}
@@ -85,7 +87,7 @@ def test_bodies_say_what_was_asked_for() -> None:
     assert {body["max_tokens"] for body in sent} == {5, 6, 7}
     assert all(0 <= token < 30 for prompt in prompts for token in prompt)
     assert all(body["ignore_eos"] and body["stream"] and body["return_token_ids"] for body in sent)
-    assert all(body["stream_options"] == {"include_usage": True} for body in sent)
+    assert all(body["stream_options"] == {"include_usage": True} and body["temperature"] == 0 for body in sent)
     assert [body.get("cache_salt") for body in sent] == ["s" if body["private"] else None for body in sent]
     assert bodies(traffic, Load(40, 4, private_share=0.5))[0]["prompt"][:6] == prompts[0][:6]
 
