@@ -45,14 +45,15 @@ class Catalogue:
         return self.kind("mot").but("mot-private", batch=self._scale.private_batch, temperature_mode="learnable")
 
     def private_annealed(self) -> Run:
-        """Its twin that is annealed while it trains, for as many steps as a transition makes in all: from about the
-        temperature that the other one learns to a tenth of it."""
+        """Its twin that is annealed while it trains, for as many steps as a transition makes in all, from about the
+        temperature that the other one learns: early and not far, which costs mixing nothing."""
         start, warm = self.private(), self._scale.private_temperature
         settings = dataclasses.replace(
             start.settings,
             steps=start.settings.steps + self._scale.transition_steps,
             temperature_mode="scheduled",
-            final_temperature=warm / 10,
+            anneal_from=0.3,
+            final_temperature=0.04,
         )
         return Run("mot-private-annealed", start.config.replace(temperature=warm), settings)
 
