@@ -9,25 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import tiles
+
 # Rows of private requests run in tiles of this many rows: inside a tile of constant shape a row's bits depend
 # neither on its neighbours nor on its place (measured: F.linear and bmm, float32 and bfloat16).
 TILE = 8
 
 
 class Projection(nn.Module):
-    """``x @ weight + bias`` with ``weight [in, out]``: GPT-2 calls it Conv1D."""
+    """``x @ weight + bias`` with ``weight [in, out]``: GPT-2 calls it Conv1D. ``put_in_tiles`` turns the weight to the
+    order that compiled kernels may want."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.zeros(n_out))
+        self.in_tiles = False
 
     def initialize(self, std: float) -> None:
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight)
+        return torch.addmm(self.bias, x, tiles.from_tiles(self.weight) if self.in_tiles else self.weight)
+
+    def put_in_tiles(self) -> None:
+        """In place, where it fits. Not to be trained afterwards."""
+        if not self.in_tiles and tiles.fits(self.weight):
+            tiles.put_in_tiles(self.weight)
+            self.in_tiles = True
 
 
 class Arithmetic(Protocol):

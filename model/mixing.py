@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import tiles
 from model.config import ModelConfig
 from model.memory import empty_in_large_pages
 
@@ -46,6 +47,8 @@ class ExpertBank(nn.Module):
 
     ``quantize`` turns the experts to int8 with ``scale1 [E, S]`` and ``scale2 [E, D]``, one scale an output channel:
     a weight is its integer times its channel's scale.
+
+    ``put_in_tiles`` turns bfloat16 experts to the order that compiled kernels may want; all here understand both.
     """
 
     scale1: Tensor | None
@@ -62,6 +65,7 @@ class ExpertBank(nn.Module):
         self.discrete = config.use_discrete_routing
         self.register_buffer("scale1", None)
         self.register_buffer("scale2", None)
+        self.in_tiles = False
         self.gated = config.model_type == "expert-choice"
         self.per_token = config.experts_per_token
         self.shared = config.n_shared_expert
@@ -79,7 +83,8 @@ class ExpertBank(nn.Module):
     def experts(self, mixes: Tensor) -> Tensor:
         """``mixes [E, n, D]`` to ``[E, n, D]``: every expert on its own rows."""
         if self.scale1 is None or self.scale2 is None:
-            return torch.bmm(self.activation(torch.bmm(mixes, self.lin1)), self.lin2)
+            first, second = self._in_order(self.lin1), self._in_order(self.lin2)
+            return torch.bmm(self.activation(torch.bmm(mixes, first)), second)
         hidden = self.activation(torch.bmm(mixes, self.lin1.to(mixes.dtype)) * self.scale1[:, None].to(mixes.dtype))
         return torch.bmm(hidden, self.lin2.to(mixes.dtype)) * self.scale2[:, None].to(mixes.dtype)
 
@@ -87,7 +92,7 @@ class ExpertBank(nn.Module):
         """One expert's two matrices ``[D, S]`` and ``[S, D]``, in the type of the controller."""
         first, second, dtype = self.lin1[number], self.lin2[number], self.controller.dtype
         if self.scale1 is None or self.scale2 is None:
-            return first, second
+            return self._in_order(first), self._in_order(second)
         return (first * self.scale1[number]).to(dtype), (second * self.scale2[number]).to(dtype)
 
     def part(self, count: int) -> ExpertBank:
@@ -100,7 +105,7 @@ class ExpertBank(nn.Module):
         for name in ("scale1", "scale2"):
             scale = getattr(self, name)
             part.register_buffer(name, None if scale is None else scale[:count])
-        for name in ("activation", "over_experts", "discrete", "gated", "per_token", "shared", "normalize"):
+        for name in ("activation", "over_experts", "discrete", "gated", "per_token", "shared", "normalize", "in_tiles"):
             setattr(part, name, getattr(self, name))
         return part
 
@@ -110,6 +115,16 @@ class ExpertBank(nn.Module):
         would add up, cancel along it."""
         self.lin1, self.scale1 = _to_int8(self.lin1, common)
         self.lin2, self.scale2 = _to_int8(self.lin2, None)
+
+    def put_in_tiles(self) -> None:
+        """The experts' weights in place, where they fit. Not to be trained afterwards."""
+        if not self.in_tiles and tiles.fits(self.lin1, self.lin2):
+            tiles.put_in_tiles(self.lin1)
+            tiles.put_in_tiles(self.lin2)
+            self.in_tiles = True
+
+    def _in_order(self, weight: Tensor) -> Tensor:
+        return tiles.from_tiles(weight) if self.in_tiles else weight
 
 
 def _to_int8(weight: Tensor, common: Tensor | None) -> tuple[nn.Parameter, Tensor]:

@@ -204,12 +204,12 @@ def build_engine(
     # More than every running sequence at full length could use would only cost memory.
     blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     kernels = resolve_kernels(settings.kernels, model.device)
+    runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
     if kernels is not None:
         projection = model.blocks[0].attn.c_attn
         kernels.measure_rows(projection.weight, projection.bias)
     if kernels is not None and config.is_grouped:
         kernels.measure(model.banks[0])
-    runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
     max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_grouped else 1)
     policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss)
     swap_blocks = settings.swap_memory // block_bytes

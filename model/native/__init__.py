@@ -1,4 +1,4 @@
-"""The compiled row-wise kernels: built once with the machine's C++ compiler, called through ctypes.
+"""The compiled row-wise kernels, called through ctypes.
 
 Their promise is that a row's bits depend on that row alone, so private rows need no tiles of constant shape; they are
 also what makes few rows and few groups run at the speed of memory. CPU only. Everything that they do has a plain form
@@ -8,12 +8,6 @@ in torch, which runs where there is no compiler.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -26,10 +20,9 @@ from torch import Tensor, nn
 
 from model.layers import Projection
 from model.mixing import ACTIVATION_FUNCTIONS, Activation, ExpertBank
+from model.native.compiler import NativeUnavailable as NativeUnavailable
+from model.native.compiler import build
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_PARTS = sorted(_SOURCE.parent.glob("*.h"))
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-fno-math-errno", "-ffp-contract=off")
 _KINDS = {
     ACTIVATION_FUNCTIONS["gelu"]: 0,
     ACTIVATION_FUNCTIONS["gelu_new"]: 1,
@@ -38,7 +31,9 @@ _KINDS = {
 }
 
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of experts, as kernels.cpp numbers them
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of experts, as experts.h numbers them
+_TILES = 3
+_BY_INPUT, _BY_OUTPUT, _IN_TILES = range(3)  # as linear.h numbers them
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
 _FEW_ROWS = 64  # until measured: about level with torch in float32
@@ -50,10 +45,6 @@ def computes_in_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself (AVX512-BF16 or AMX)."""
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx"))
-
-
-class NativeUnavailable(Exception):
-    """Why there are no compiled kernels here."""
 
 
 class _PrivateLayer(ctypes.Structure):
@@ -98,15 +89,29 @@ class Kernels:
         self._draw = _function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
         self._score = _function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
         self._activate = _function(loaded, "motserve_activate", [pointer, wide, number])
+        self.tiles = bool(loaded.motserve_tiles())  # whether it multiplies bfloat16 in tiles
+
+    def arrange(self, model: nn.Module) -> None:
+        """Put a model's weights in the order that these kernels compute fastest in, in place: tiles for bfloat16 where
+        the processor has them. What fits in no tiles stays as it is."""
+        if self.tiles:
+            for module in model.modules():
+                if isinstance(module, (Projection, ExpertBank)):
+                    module.put_in_tiles()
 
     def prefers(self, groups: int, bank: ExpertBank) -> bool:
         """Whether ``bank`` is the faster way for so many groups: weights are read at the speed of memory for few;
-        many are computed at the speed of torch's batched product, where the processor computes in that type."""
+        many are computed at the speed of torch's batched product, where the processor computes in that type. In tiles
+        they are both."""
         return groups <= self._few_groups or self._torch_is_slow(bank)
+
+    def _weights(self, bank: ExpertBank) -> int:
+        assert self.tiles or not bank.in_tiles, "weights were put in tiles for another processor"
+        return _TILES if bank.in_tiles else _TYPES[bank.lin1.dtype]
 
     def _torch_is_slow(self, bank: ExpertBank) -> bool:
         dtype = bank.lin1.dtype
-        return dtype is torch.int8 or (dtype is torch.bfloat16 and not self._fast_bfloat16)
+        return dtype is torch.int8 or bank.in_tiles or (dtype is torch.bfloat16 and not self._fast_bfloat16)
 
     def measure(self, bank: ExpertBank) -> int:
         """Find out up to how many groups ``bank`` is the faster way for such experts on this machine: by halving, as
@@ -136,24 +141,30 @@ class Kernels:
         def ours_is_slower(rows: int) -> bool:
             x = torch.ones(rows, weight.shape[0], dtype=weight.dtype)
             theirs = _fastest(partial(torch.addmm, bias, x, weight))
-            return _fastest(partial(self.linear, x, weight, bias, by_output=False)) > theirs
+            return _fastest(partial(self.linear, x, weight, bias)) > theirs
 
         place = bisect_left(_TRIED_ROWS, True, key=ours_is_slower)
         self._few_rows = _TRIED_ROWS[place - 1] if place else 1
         return self._few_rows
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool, exact: bool = False) -> Tensor:
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool = False, in_tiles: bool = False,
+        exact: bool = False,
+    ) -> Tensor:  # fmt: skip
         """``x [n, K]`` times ``weight [K, N]`` (``by_output``: ``[N, K]``) plus ``bias [N]``: float32 ``[n, N]``. Where
-        the processor multiplies bfloat16, ``x`` is rounded to it for such weights, unless ``exact``."""
+        the processor multiplies bfloat16, ``x`` is rounded to it for such weights, unless ``exact``, which weights
+        ``in_tiles`` do not allow."""
         x = x.float().contiguous()
         rows, inner = x.shape
         outer = weight.shape[0 if by_output else 1]
         assert weight.is_contiguous() and weight.shape == ((outer, inner) if by_output else (inner, outer))
+        assert not in_tiles or (self.tiles and not by_output and not exact)
+        order = _IN_TILES if in_tiles else _BY_OUTPUT if by_output else _BY_INPUT
         kept = None if bias is None else bias.float()
         out = torch.empty(rows, outer)
         self._linear(
             x.data_ptr(), weight.data_ptr(), None if kept is None else kept.data_ptr(), out.data_ptr(),
-            rows, inner, outer, by_output, exact, _half(weight),
+            rows, inner, outer, order, exact, _half(weight),
         )  # fmt: skip
         return out
 
@@ -171,7 +182,7 @@ class Kernels:
         out = torch.empty_like(mixes)
         self._bank(
             mixes.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(),
-            experts, rows, width, bank.lin1.shape[2], activation_kind(bank.activation), _TYPES[bank.lin1.dtype],
+            experts, rows, width, bank.lin1.shape[2], activation_kind(bank.activation), self._weights(bank),
         )  # fmt: skip
         return out
 
@@ -186,7 +197,7 @@ class Kernels:
         x = x.float().contiguous()
         mixes = mixes.float().contiguous()
         outputs = torch.empty_like(mixes)
-        own = self.linear(x, bank.controller, None, by_output=False, exact=True)
+        own = self.linear(x, bank.controller, None, exact=True)
         if bank.gated:
             own = torch.softmax(own, 1)  # row by row
         out = torch.empty_like(x)
@@ -198,7 +209,7 @@ class Kernels:
             places=members.shape[0] if crowd is not None else 1,
             members=members.shape[1] if crowd is not None else 0, rivals=rivals,
             activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
-            gated=bank.gated, weights=_TYPES[bank.lin1.dtype], half=_half(members),
+            gated=bank.gated, weights=self._weights(bank), half=_half(members),
             x=x.data_ptr(), own=own.data_ptr(), crowd=members.data_ptr(), crowd_scores=scores.data_ptr(),
             positions=positions.data_ptr(), temperatures=temperatures.data_ptr(), skip_below=skip_below.data_ptr(),
             live=live.data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2, out=out.data_ptr(),
@@ -219,7 +230,7 @@ class Kernels:
         out = torch.empty_like(x)
         self._routed(
             x.data_ptr(), gates.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(),
-            rows, experts, width, size, activation_kind(bank.activation), _TYPES[bank.lin1.dtype],
+            rows, experts, width, size, activation_kind(bank.activation), self._weights(bank),
         )  # fmt: skip
         return out
 
@@ -275,12 +286,12 @@ class NativeArithmetic:
 
     def affine(self, x: Tensor, projection: Projection) -> Tensor:
         weight, bias, shared = projection.weight, projection.bias, self._shared
-        if self._kernels.prefers_rows(shared, weight):
-            return self._kernels.linear(x, weight, bias, by_output=False)
+        if projection.in_tiles or self._kernels.prefers_rows(shared, weight):
+            return self._kernels.linear(x, weight, bias, in_tiles=projection.in_tiles)
         together = torch.addmm(bias, x[:shared].to(weight.dtype), weight).float()
         if shared == x.shape[0]:
             return together
-        return torch.cat((together, self._kernels.linear(x[shared:], weight, bias, by_output=False)))
+        return torch.cat((together, self._kernels.linear(x[shared:], weight, bias)))
 
     def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
@@ -331,50 +342,6 @@ def _experts(bank: ExpertBank) -> tuple[int, int, int | None, int | None]:
 def _half(weight: Tensor) -> bool:
     assert weight.dtype in (torch.float32, torch.bfloat16), "the kernels know float32 and bfloat16"
     return weight.dtype is torch.bfloat16
-
-
-def cache_folder() -> Path:
-    """Where built libraries are kept: ``$XDG_CACHE_HOME/motserve`` or ``~/.cache/motserve``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "motserve"
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and shutil.which(name):
-            return name
-    raise NativeUnavailable("there is no C++ compiler (g++ or clang++)")
-
-
-def _machine() -> str:
-    """What decides which instructions a native build may contain."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine())
-
-
-def build(*flags: str) -> Path:
-    """The library, compiled unless it is there already; ``flags`` for the compiler follow the usual ones. Raises
-    NativeUnavailable with the reason."""
-    compiler = _compiler()
-    sources = (path.read_text() for path in (_SOURCE, *_PARTS))
-    key = hashlib.sha256("\0".join((*sources, compiler, *_FLAGS, *flags, _machine())).encode()).hexdigest()[:16]
-    library = cache_folder() / f"kernels-{key}.so"
-    if library.exists():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            command = [compiler, *_FLAGS, *flags, "-o", str(made), str(_SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-            made.replace(library)  # whole or not at all, whoever else is building
-    except subprocess.CalledProcessError as error:
-        raise NativeUnavailable(f"{compiler} failed: {(error.stderr or '').strip()[-300:]}") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NativeUnavailable(str(error)) from None
-    return library
 
 
 def open_kernels(*flags: str) -> Kernels:

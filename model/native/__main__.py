@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.native import NativeUnavailable, build
+from model.native.compiler import NativeUnavailable, build
 
 try:
     print(build())

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -11,8 +12,19 @@
 
 namespace {
 
-// What an expert makes of its rows on the way, kept from one to the next.
-struct Scratch {
+enum Weights { FLOAT32, BFLOAT16, INT8, TILES };  // the last: bfloat16 as model/tiles.py puts it
+
+// What a thread needs to run experts, kept from one to the next.
+class Scratch {
+   public:
+#ifdef MOTSERVE_TILES
+    explicit Scratch(bool tiles) {
+        if (tiles) in_use_.emplace();
+    }
+    TileRows tile_rows;
+#else
+    explicit Scratch(bool) {}
+#endif
     PackedRows packed;
 
     float* const* rows_of(long rows, long width) {
@@ -22,6 +34,9 @@ struct Scratch {
     }
 
    private:
+#ifdef MOTSERVE_TILES
+    std::optional<TilesInUse> in_use_;
+#endif
     std::vector<float> hidden_;
     std::vector<float*> at_;
 };
@@ -35,12 +50,23 @@ struct Experts {
     const float* scale2;  // [E, D]
     long D, S;
     int activation;
+    bool tiles;  // the order of bfloat16 weights
 
     // Expert e on its rows.
     void run(long e, const float* const* in, float* const* out, long rows, Scratch& scratch) const {
         if (rows == 0) return;
         const W *first = lin1 + e * D * S, *second = lin2 + e * S * D;
         float* const* hidden = scratch.rows_of(rows, S);
+#ifdef MOTSERVE_TILES
+        if constexpr (std::is_same_v<W, bf16>)
+            if (tiles) {
+                scratch.tile_rows.pack(in, rows, D, false);
+                tiled_products(scratch.tile_rows, first, 0, S, hidden);
+                activate(hidden[0], rows * S, activation);
+                scratch.tile_rows.pack(hidden, rows, S, false);
+                return tiled_products(scratch.tile_rows, second, 0, D, out);
+            }
+#endif
         product(in, rows, first, D, S, scale1 == nullptr ? nullptr : scale1 + e * S, second, hidden, scratch.packed);
         activate(hidden[0], rows * S, activation);
         product(hidden, rows, second, S, D, scale2 == nullptr ? nullptr : scale2 + e * D, first + D * S, out,
@@ -48,17 +74,17 @@ struct Experts {
     }
 };
 
-// Calls use with the experts of a type known at run time only: 0 float32, 1 bfloat16, 2 int8.
+// Calls use with the experts of a type known at run time only.
 template <class F>
 void with_experts(const void* lin1, const void* lin2, const float* scale1, const float* scale2, long D, long S,
                   int activation, int weights, F use) {
     const auto typed = [&](auto* first, auto* second) {
         typedef std::remove_const_t<std::remove_pointer_t<decltype(first)>> W;
-        use(Experts<W>{first, second, scale1, scale2, D, S, activation});
+        use(Experts<W>{first, second, scale1, scale2, D, S, activation, weights == TILES});
     };
-    if (weights == 2) typed(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
-    else if (weights == 1) typed(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
-    else typed(static_cast<const float*>(lin1), static_cast<const float*>(lin2));
+    if (weights == INT8) typed(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
+    else if (weights == FLOAT32) typed(static_cast<const float*>(lin1), static_cast<const float*>(lin2));
+    else typed(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
 }
 
 template <class W>
@@ -66,7 +92,7 @@ void bank(const Experts<W>& experts, const float* mixes, float* out, long E, lon
     const long D = experts.D;
 #pragma omp parallel
     {
-        Scratch scratch;
+        Scratch scratch(experts.tiles);
 #pragma omp for schedule(dynamic, 4)
         for (long e = 0; e < E; ++e) {
             const auto from = row_pointers(mixes + e * n * D, n, D);
@@ -111,7 +137,7 @@ void routed(const Experts<W>& experts, const float* x, const float* gates, float
     std::vector<float> answers(pairs.size() * D);
 #pragma omp parallel
     {
-        Scratch scratch;
+        Scratch scratch(experts.tiles);
 #pragma omp for schedule(dynamic, 1)
         for (long e = 0; e < E; ++e) {
             const long count = first[e + 1] - first[e];

@@ -28,9 +28,9 @@ void motserve_score(const float* logits, int64_t rows, int64_t V, const int64_t*
 }
 
 void motserve_linear(const float* x, const void* weight, const float* bias, float* out, int64_t rows, int64_t K,
-                     int64_t N, int32_t by_output, int32_t exact, int32_t half) {
-    if (half) linear(x, static_cast<const bf16*>(weight), bias, out, rows, K, N, by_output, exact);
-    else linear(x, static_cast<const float*>(weight), bias, out, rows, K, N, by_output, exact);
+                     int64_t N, int32_t order, int32_t exact, int32_t half) {
+    if (half) linear(x, static_cast<const bf16*>(weight), bias, out, rows, K, N, Order(order), exact);
+    else linear(x, static_cast<const float*>(weight), bias, out, rows, K, N, Order(order), exact);
 }
 
 // Whether products of bfloat16 are made in tiles.
@@ -50,8 +50,8 @@ void motserve_bank(const float* mixes, const void* lin1, const void* lin2, const
 
 void motserve_private_layer(const PrivateLayer* layer) {
     const PrivateLayer& l = *layer;
-    if (l.weights == 2) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
-    else if (l.weights == 1) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
+    if (l.weights == INT8) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
+    else if (l.weights != FLOAT32) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
     else l.half ? private_layer<float, bf16>(l) : private_layer<float, float>(l);
 }
 

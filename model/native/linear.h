@@ -70,43 +70,41 @@ inline void add_bias(const float* bias, long begin, long end, const std::vector<
 }
 
 #ifdef MOTSERVE_TILES
+// By weights [N, K] (by_output) or [K, N] in tiles.
 inline void linear_in_tiles(const float* x, const bf16* weight, const float* bias, float* out, long rows, long K, long N,
                             bool by_output) {
     const auto from = row_pointers(x, rows, K);
     const auto to = row_pointers(out, rows, N);
     TileRows packed;
-    packed.pack(from.data(), rows, K, by_output);
-    const long stripe = by_output ? std::max(32L, std::min(256L, N / 4 / 32 * 32)) : stripe_of(N);
-    const long stripes = (N + stripe - 1) / stripe;
+    packed.reserve(rows, K);
+    const long stripe = std::max(32L, std::min(256L, N / 4 / 32 * 32)), stripes = (N + stripe - 1) / stripe;
 #pragma omp parallel if (rows * K * N > SERIAL)
     {
         const TilesInUse tiles;
-        TileMemory memory;
+#pragma omp for schedule(static)
+        for (long t = 0; t < packed.tiles; ++t) packed.pack_tiles(from.data(), K, t, by_output);
 #pragma omp for schedule(static)
         for (long s = 0; s < stripes; ++s) {
             const long begin = s * stripe, end = std::min(N, begin + stripe);
-            if (by_output) {
-                tile_dots(packed, weight, K, N, begin, end, to.data());
-            } else {
-                std::vector<float*> at(rows);
-                for (long r = 0; r < rows; ++r) at[r] = to[r] + begin;
-                uint32_t* panel = memory.words(packed_words(end - begin, packed.steps));
-                pack_weights(weight + begin, K, end - begin, N, panel);
-                tile_columns(packed, panel, end - begin, at.data());
-            }
+            if (by_output) tile_dots(packed, weight, K, N, begin, end, to.data());
+            else tiled_products(packed, weight, begin, end, to.data());
             add_bias(bias, begin, end, to);
         }
     }
 }
 #endif
 
+// How the weights of a linear layer lie.
+enum Order { BY_INPUT, BY_OUTPUT, IN_TILES };  // [K, N], [N, K], [K, N] as model/tiles.py puts them
+
 // exact: rows are not rounded, whatever the weights are.
 template <class W>
-void linear(const float* x, const W* weight, const float* bias, float* out, long rows, long K, long N, bool by_output,
+void linear(const float* x, const W* weight, const float* bias, float* out, long rows, long K, long N, Order order,
             bool exact) {
+    const bool by_output = order == BY_OUTPUT;
 #ifdef MOTSERVE_TILES
     if constexpr (std::is_same_v<W, bf16>)
-        if (!exact && tiles_here() && (!by_output || (K % TERMS == 0 && N >= 2 * TILE)))
+        if (order == IN_TILES || (by_output && !exact && tiles_here() && K % TERMS == 0 && N >= 2 * TILE))
             return linear_in_tiles(x, weight, bias, out, rows, K, N, by_output);
 #endif
     const auto from = row_pointers(x, rows, K);

@@ -125,7 +125,7 @@ void mix(const PrivateLayer& l, long row, const C* crowd, const float* merge, fl
 template <class W, class C>
 void private_layer(const PrivateLayer& l) {
     const Experts<W> experts{static_cast<const W*>(l.lin1), static_cast<const W*>(l.lin2), l.scale1, l.scale2,
-                             long(l.D), long(l.S), l.activation};
+                             long(l.D), long(l.S), l.activation, l.weights == TILES};
     const long size = l.members > 0 ? l.members : 1;
     std::vector<float> emit(l.n * l.E), merge(l.n * l.E * size);
     const C* crowd = static_cast<const C*>(l.crowd);
@@ -152,7 +152,7 @@ void private_layer(const PrivateLayer& l) {
     std::vector<float> answers(pairs.size() * l.D);
 #pragma omp parallel
     {
-        Scratch scratch;
+        Scratch scratch(experts.tiles);
         std::vector<float> mixes;
 #pragma omp for schedule(dynamic, 1)
         for (long e = 0; e < l.E; ++e) {

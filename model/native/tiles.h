@@ -5,9 +5,10 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <cstdlib>
+#include <memory>
 
-#include "pair_columns.h"
+#include "pairs.h"
 
 #if defined(MOTSERVE_PAIRS) && defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
     defined(__linux__)
@@ -54,34 +55,57 @@ inline long tiles_of(long count, long size) { return (count + size - 1) / size; 
 class TileMemory {
    public:
     uint32_t* words(long count) {
-        if (long(held_.size()) < count + 16) held_.resize(count + 16);
-        return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(held_.data()) + 63) & ~uintptr_t(63));
+        if (count > size_) held_.reset(static_cast<uint32_t*>(std::aligned_alloc(64, 4 * tiles_of(count, TILE) * TILE)));
+        size_ = std::max(size_, count);
+        return held_.get();
     }
 
    private:
-    std::vector<uint32_t> held_;
+    struct Free {
+        void operator()(uint32_t* words) const { std::free(words); }
+    };
+    std::unique_ptr<uint32_t, Free> held_;
+    long size_ = 0;
 };
 
 // Rows rounded to bfloat16 in tiles [row tiles, steps, 16 rows, 16 pairs], filled up with zeros. Turned round: [.., 16
 // pairs, 16 rows].
-struct TileRows {
-    TileMemory memory;
-    uint32_t* words = nullptr;
+class TileRows {
+   public:
+    const uint32_t* words = nullptr;
     long count = 0, tiles = 0, steps = 0;
 
     void pack(const float* const* in, long rows, long K, bool turned) {
+        reserve(rows, K);
+        for (long t = 0; t < tiles; ++t) pack_tiles(in, K, t, turned);
+    }
+
+    // The same in two steps, of which threads may share the second out.
+    void reserve(long rows, long K) {
         count = rows, tiles = tiles_of(rows, TILE), steps = tiles_of(K, TERMS);
-        words = memory.words(tiles * steps * TILE_WORDS);
+        words = to_ = memory_.words(tiles * steps * TILE_WORDS);
+    }
+    void pack_tiles(const float* const* in, long K, long t, bool turned) {
         alignas(64) uint32_t pairs[TILE];
-        for (long r = 0; r < tiles * TILE; ++r)
-            for (long s = 0; s < steps; ++s) {
-                uint32_t* tile = words + (r / TILE * steps + s) * TILE_WORDS;
-                _mm512_store_si512(pairs, r < rows ? rounded(in[r] + s * TERMS, K - s * TERMS) : __m512i());
-                for (long p = 0; p < TILE; ++p) tile[turned ? p * TILE + r % TILE : r % TILE * TILE + p] = pairs[p];
+        for (long i = 0; i < TILE; ++i) {
+            const long r = t * TILE + i;
+            uint32_t* tile = to_ + t * steps * TILE_WORDS;
+            for (long s = 0; s < steps; ++s, tile += TILE_WORDS) {
+                const __m512i row = r < count ? rounded(in[r] + s * TERMS, K - s * TERMS) : __m512i();
+                if (!turned) {
+                    _mm512_store_si512(tile + i * TILE, row);
+                    continue;
+                }
+                _mm512_store_si512(pairs, row);
+                for (long p = 0; p < TILE; ++p) tile[p * TILE + i] = pairs[p];
             }
+        }
     }
 
    private:
+    TileMemory memory_;
+    uint32_t* to_ = nullptr;
+
     static __m512i rounded(const float* x, long left) {
         const __mmask32 mask = left < TERMS ? (1u << left) - 1 : 0xffffffff;
         const __m512 low = _mm512_maskz_loadu_ps(mask & 0xffff, x), high = _mm512_maskz_loadu_ps(mask >> 16, x + 16);
@@ -89,57 +113,20 @@ struct TileRows {
     }
 };
 
-// Fetches what comes next, some lines at a time.
-struct TileAhead {
-    const char* at;
-    long lines;
-
-    void fetch() {
-        for (long i = 0; i < lines; ++i, at += 64) __builtin_prefetch(at, 0, 2);
-    }
-};
-
-// Words from one column tile of packed weights to the next: all steps, and a cache line, or all columns would share few
-// places of a cache.
-inline long tile_stride(long steps) { return steps * TILE_WORDS + TILE; }
-
-// Words that columns of so many steps take.
-inline long packed_words(long columns, long steps) { return tiles_of(columns, PAIR_COLUMNS) * 2 * tile_stride(steps); }
-
-// Weights [K, columns], rows a stride apart, as tiles of pairs [column tiles, steps, 16 pairs, 16 columns]; the columns
-// of two tiles are interleaved.
-inline void pack_weights(const bf16* b, long K, long columns, long stride, uint32_t* words) {
-    const long steps = tiles_of(K, TERMS);
-    for (long p = 0; p < steps * TILE; ++p) {
-        uint32_t* to = words + p / TILE * TILE_WORDS + p % TILE * TILE;
-        for (long j = 0; j < columns; j += PAIR_COLUMNS, to += 2 * tile_stride(steps)) {
-            __m512i first = __m512i(), second = __m512i();
-            if (2 * p < K) {
-                const bool whole = columns - j >= PAIR_COLUMNS && 2 * p + 1 < K;
-                const __mmask32 mask = columns - j < PAIR_COLUMNS ? (1u << (columns - j)) - 1 : 0xffffffff;
-                const bf16* at = b + j;
-                if (whole) WeightRows<bf16>{at, stride}.pairs(p, 0, first, second);
-                else WeightRest<bf16>{at, stride, K, mask}.pairs(p, 0, first, second);
-            }
-            _mm512_store_si512(to, first);
-            _mm512_store_si512(to + tile_stride(steps), second);
-        }
-    }
-}
-
-// Two tiles of 16 and, with both, two more below them, over all steps: sums [4, 16, 16].
-template <bool both>
+// Two tiles of 16 and, with both, two more below them, over all steps: sums [4, 16, 16]. At each step so many cache
+// lines are fetched of what comes next.
+template <bool both, long lines>
 inline void tile_sums(const uint32_t* a, long a_row, long a_step, long a_stride, const uint32_t* b, long b_column,
-                      long steps, TileAhead ahead, float* sums) {
+                      long b_step, long steps, const char* next, float* sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long s = 0; s < steps; ++s) {
+    for (long s = 0; s < steps; ++s, next += lines * 64) {
+        for (long i = 0; i < lines; ++i) __builtin_prefetch(next + i * 64, 0, 2);
         _tile_loadd(4, a + s * a_step, a_stride);
-        _tile_loadd(6, b + s * TILE_WORDS, 64);
-        _tile_loadd(7, b + b_column + s * TILE_WORDS, 64);
-        ahead.fetch();
+        _tile_loadd(6, b + s * b_step, 64);
+        _tile_loadd(7, b + b_column + s * b_step, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (both) {
@@ -156,24 +143,30 @@ inline void tile_sums(const uint32_t* a, long a_row, long a_step, long a_stride,
     }
 }
 
-// Rows by weights [K, columns] that have been packed, to columns of c.
-inline void tile_columns(const TileRows& rows, const uint32_t* weights, long columns, float* const* c) {
+constexpr long TILES_AT_ONCE = 16;      // of rows, whose pairs stay in a cache while all columns pass
+constexpr long TILE_LINES = 2 * TILE;   // of the two tiles of a step
+constexpr long TILES_AHEAD = 1024;      // bytes: how far ahead weights in tiles are fetched, the best of those tried
+
+// Rows by columns [begin, end), multiples of 32, of weights [K, N] that lie in tiles (model/tiles.py): [N / 32, steps,
+// 2 tiles, 16 pairs of terms, 16 columns].
+inline void tiled_products(const TileRows& rows, const bf16* weights, long begin, long end, float* const* c) {
     alignas(64) float sums[4 * TILE_WORDS];
-    const long steps = rows.steps, size = steps * TILE_WORDS, pairs = tiles_of(columns, PAIR_COLUMNS);
-    const TileAhead nothing{nullptr, 0};
-    for (long j = 0; j < pairs; ++j)
-        for (long t = 0; t < rows.tiles; t += 2) {
-            const uint32_t *a = rows.words + t * size, *b = weights + 2 * j * tile_stride(steps);
-            if (t + 1 < rows.tiles) tile_sums<true>(a, size, TILE_WORDS, 64, b, tile_stride(steps), steps, nothing, sums);
-            else tile_sums<false>(a, size, TILE_WORDS, 64, b, tile_stride(steps), steps, nothing, sums);
-            const long left = columns - j * PAIR_COLUMNS;
-            const __mmask32 mask = left < PAIR_COLUMNS ? (1u << left) - 1 : 0xffffffff;
-            for (long r = t * TILE; r < std::min(rows.count, (t + 2) * TILE); ++r) {
-                const float* at = sums + (r - t * TILE) / TILE * 2 * TILE_WORDS + r % TILE * TILE;
-                __m512 first = _mm512_load_ps(at), second = _mm512_load_ps(at + TILE_WORDS);
-                in_order(first, second);
-                _mm512_mask_storeu_ps(c[r] + j * PAIR_COLUMNS, mask & 0xffff, first);
-                _mm512_mask_storeu_ps(c[r] + j * PAIR_COLUMNS + 16, mask >> 16, second);
+    const long steps = rows.steps, size = steps * TILE_WORDS;
+    for (long first = 0; first < rows.tiles; first += TILES_AT_ONCE)
+        for (long j = begin; j < end; j += 2 * TILE) {
+            const uint32_t* b = reinterpret_cast<const uint32_t*>(weights) + j / TILE * size;
+            const char* next = reinterpret_cast<const char*>(b) + TILES_AHEAD;
+            for (long t = first; t < std::min(rows.tiles, first + TILES_AT_ONCE); t += 2) {
+                const uint32_t* a = rows.words + t * size;
+                const bool both = t + 1 < rows.tiles;
+                const auto sum = t > first ? (both ? tile_sums<true, 0> : tile_sums<false, 0>)
+                                           : (both ? tile_sums<true, TILE_LINES> : tile_sums<false, TILE_LINES>);
+                sum(a, size, TILE_WORDS, 64, b, TILE_WORDS, 2 * TILE_WORDS, steps, next, sums);
+                for (long r = t * TILE; r < std::min(rows.count, (t + 2) * TILE); ++r) {
+                    const float* at = sums + (r - t * TILE) / TILE * 2 * TILE_WORDS + r % TILE * TILE;
+                    _mm512_storeu_ps(c[r] + j, _mm512_load_ps(at));
+                    _mm512_storeu_ps(c[r] + j + TILE, _mm512_load_ps(at + TILE_WORDS));
+                }
             }
         }
 }
@@ -192,8 +185,9 @@ inline void tile_dots(const TileRows& rows, const bf16* weights, long K, long N,
         for (long t = 0; t < rows.tiles; t += 2) {
             // One tile of rows twice where there is no second: its sums are not used.
             const long below = t + 1 < rows.tiles ? size : 0;
-            tile_sums<true>(b + from * words, TILE * words, TILE, K * 2, rows.words + t * size, below, rows.steps,
-                            TileAhead{next, t == 0 ? 2 * TILE : 0}, sums);
+            (t == 0 ? tile_sums<true, TILE_LINES> : tile_sums<true, 0>)(
+                b + from * words, TILE * words, TILE, K * 2, rows.words + t * size, below, TILE_WORDS, rows.steps,
+                next, sums);
             for (long r = t * TILE; r < std::min(rows.count, (t + 2) * TILE); ++r) {
                 const float* at = sums + (r - t * TILE) / TILE * TILE_WORDS + r % TILE;
                 float* to = c[r] + from;

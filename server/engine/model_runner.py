@@ -48,7 +48,8 @@ def _of_step(wanted: Wanted, logits: Tensor) -> StepLogits:
 
 
 class ModelRunner:
-    """``kernels`` None: fixed shapes (``fixed``, by default on a GPU) or the plain path."""
+    """``kernels`` None: fixed shapes (``fixed``, by default on a GPU) or the plain path. With kernels, the model's
+    weights are put in the order that they want."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class ModelRunner:
         parts = (model, fill, self.cache, self.tallies)
         self._compute: Callable[[Plan, tuple[Group, ...]], tuple[Wanted, Tensor]]
         if kernels is not None:
+            kernels.arrange(model)
             self._compute = NativePass(*parts, kernels)
         elif model.device.type == "cuda" if fixed is None else fixed:
             self._compute = FixedPasses(*parts)

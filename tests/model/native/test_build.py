@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.native import NativeUnavailable, build
+from model.native.compiler import NativeUnavailable, build
 
 
 def test_without_a_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def test_attend(variant: Kernels, rows: int, heads: int, size: int, dtype: torch
     over_experts=st.booleans(),
     discrete=st.booleans(),
     dtype=types,
+    sizes=st.sampled_from([(18, 11), (64, 32)]),
     seed=st.integers(0, 1000),
 )
 def test_private_layer(
@@ -60,10 +61,12 @@ def test_private_layer(
     over_experts: bool,
     discrete: bool,
     dtype: torch.dtype,
+    sizes: tuple[int, int],
     seed: int,
 ) -> None:
+    width, size = sizes
     config = ModelConfig(
-        vocab_size=8, n_positions=6, n_embd=18, n_layer=1, n_head=2, group_size=group, n_expert=7, expert_size=11,
+        vocab_size=8, n_positions=6, n_embd=width, n_layer=1, n_head=2, group_size=group, n_expert=7, expert_size=size,
         emit_softmax_over_experts=over_experts, use_discrete_routing=discrete,
     )  # fmt: skip
     bank = ExpertBank(config)
@@ -79,7 +82,8 @@ def test_private_layer(
     else:
         native.to(dtype)
         bank.to(dtype).float()
-    activations = random_of(1, 6, group, 18, seed=seed + 1).to(dtype)
+    variant.arrange(native)
+    activations = random_of(1, 6, group, width, seed=seed + 1).to(dtype)
     crowd = ReferenceCrowd(activations.float(), [bank], fingerprint=None, rivals=min(rivals, group - 1))
     chosen = Fill.build(fill, config, [bank], crowd)  # type: ignore[arg-type]
     about = {
@@ -88,13 +92,13 @@ def test_private_layer(
         "skip_below": torch.tensor([[0.0, 0.05][row % 2] for row in range(rows)]),
         "live": torch.tensor([row % 5 != 4 for row in range(rows)]),
     }
-    x = random_of(rows, 18, seed=seed + 2)
+    x = random_of(rows, width, seed=seed + 2)
     plain = PrivateRows(config, chosen, **about)
     wanted = plain(0, bank, x)
     entropy, used = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
     layer = None if chosen.crowd is None else (chosen.crowd.places[0].to(dtype), chosen.crowd.scores[0])
 
-    groups = random_of(bank.lin1.shape[0], seed % 3, 18, seed=seed + 3)
+    groups = random_of(bank.lin1.shape[0], seed % 3, width, seed=seed + 3)
 
     def run(only: slice) -> Tensor:
         entropy.zero_()

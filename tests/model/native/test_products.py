@@ -7,14 +7,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.layers import Projection
-from model.mixing import ExpertBank, _gelu_tanh
+from model.mixing import Activation, ExpertBank, _gelu_tanh
 from model.native import Kernels, NativeArithmetic, NativeUnavailable, activation_kind
+from model.transformer import Transformer
 from tests.model.native.inputs import DTYPES, dtypes, random_of, types
 
 
@@ -97,10 +98,72 @@ def test_a_mix_is_answered_alike_among_any_number(variant: Kernels, dtype: torch
         assert torch.equal(variant.bank(mixes[:, :rows], bank), singles[:, :rows])
 
 
+@pytest.fixture
+def tiling(variant: Kernels) -> Kernels:
+    if not variant.tiles:
+        pytest.skip("no tiles here")
+    return variant
+
+
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 600), width=st.integers(1, 3), size=st.integers(1, 3), kind=st.sampled_from([F.gelu, F.silu])
+)
+def test_products_of_weights_in_tiles(tiling: Kernels, rows: int, width: int, size: int, kind: Activation) -> None:
+    """As without, for any number of rows; a row's bits depend on it alone."""
+    width, size = 32 * width, 32 * size
+    bank, lin1, lin2 = _bank(2, width, size, torch.bfloat16)
+    bank.activation = kind
+    projection = Projection(width, size).bfloat16().requires_grad_(False)
+    projection.initialize(1)
+    wide = projection.weight.float()
+    bank.put_in_tiles(), projection.put_in_tiles()
+    mixes = random_of(2, rows, width).bfloat16().float()
+    found, out = tiling.bank(mixes, bank), tiling.linear(mixes[0], projection.weight, projection.bias, in_tiles=True)
+    plain = torch.bmm(kind(torch.bmm(mixes, lin1)), lin2)
+    torch.testing.assert_close(found, plain, atol=1e-2 * float(plain.abs().max()), rtol=1e-2)
+    torch.testing.assert_close(out, mixes[0] @ wide + projection.bias, atol=1e-4, rtol=1e-4)
+    gates = torch.tensor([[1.0, 0.0], [0.5, 2.0]]).repeat(rows, 1)[:rows]
+    routed = tiling.routed(mixes[0], gates, bank)
+    answers = tiling.bank(mixes[:1].expand(2, rows, width), bank)
+    torch.testing.assert_close(routed, torch.einsum("ne,end->nd", gates, answers))
+    for row in {0, rows // 2, rows - 1}:
+        alone = mixes[:, row : row + 1]
+        assert torch.equal(tiling.bank(alone, bank)[:, 0], found[:, row])
+        assert torch.equal(tiling.linear(alone[0], projection.weight, projection.bias, in_tiles=True)[0], out[row])
+        assert torch.equal(tiling.routed(alone[0], gates[row : row + 1], bank)[0], routed[row])
+
+
+def test_what_is_arranged(variant: Kernels) -> None:
+    """Bfloat16 weights that fit, where the processor has tiles; then these kernels are always the way."""
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=64, n_layer=2, n_head=1, group_size=2, n_expert=3, expert_size=40
+    )
+    model = Transformer(config).bfloat16()
+    model.initialize(0)
+    plain = copy.deepcopy(model)
+    variant.arrange(model)
+    block, bank = model.blocks[1], model.banks[1]
+    assert block.attn.c_attn.in_tiles is block.attn.c_proj.in_tiles is variant.tiles
+    assert not bank.in_tiles and torch.equal(bank.lin1, plain.banks[1].lin1), "40 is no multiple of 32"
+    x = random_of(5, 64)
+    with torch.inference_mode():
+        arithmetic = NativeArithmetic(variant)
+        found = arithmetic.affine(x, block.attn.c_attn)
+        torch.testing.assert_close(found, arithmetic.affine(x, plain.blocks[1].attn.c_attn), atol=1e-5, rtol=1e-5)
+
+
 def test_numbers_that_are_none_stay_none(variant: Kernels) -> None:
     for dtype in (*DTYPES, torch.int8):
         bank, _, _ = _bank(1, 40, 20, dtype)
         mixes = random_of(1, 3, 40)
+        mixes[0, 1, 7] = float("nan")
+        answers = variant.bank(mixes, bank)[0]
+        assert answers[1].isnan().all() and answers[[0, 2]].isfinite().all()
+    if variant.tiles:
+        bank, _, _ = _bank(1, 64, 32, torch.bfloat16)
+        bank.put_in_tiles()
+        mixes = random_of(1, 3, 64)
         mixes[0, 1, 7] = float("nan")
         answers = variant.bank(mixes, bank)[0]
         assert answers[1].isnan().all() and answers[[0, 2]].isfinite().all()

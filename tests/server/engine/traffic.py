@@ -11,7 +11,7 @@ from server.engine.engine import Engine
 from server.engine.request import Delta, EngineRequest, Privacy, SamplingParams, Status
 
 SMALL = ModelConfig(
-    vocab_size=97, n_positions=220, n_embd=32, n_layer=2, n_head=4, group_size=4, n_expert=8, expert_size=16
+    vocab_size=97, n_positions=220, n_embd=32, n_layer=2, n_head=4, group_size=4, n_expert=8, expert_size=32
 )
 CONFIGS = {
     "mot": SMALL,

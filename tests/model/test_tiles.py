@@ -1,0 +1,63 @@
+"""Weights in tiles: the same numbers, each where the order says, and plain forms that compute with them as before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import tiles
+from model.config import ModelConfig
+from model.layers import Projection
+from model.mixing import ExpertBank
+
+
+@settings(deadline=None)
+@given(experts=st.integers(1, 3), rows=st.integers(1, 4), columns=st.integers(1, 4))
+def test_every_weight_is_where_the_order_says_and_comes_back(experts: int, rows: int, columns: int) -> None:
+    K, N = 32 * rows, 32 * columns
+    weight = torch.arange(experts * K * N, dtype=torch.int32).view(experts, K, N)
+    put = tiles.to_tiles(weight)
+    assert put.shape == weight.shape and torch.equal(tiles.from_tiles(put), weight)
+    places = put.view(experts, columns, rows, 2, 16, 16, 2)
+    for expert in range(experts):
+        assert torch.equal(tiles.to_tiles(weight[expert]), put[expert])
+        for k in (0, 1, 17, K - 1):
+            for n in (0, 5, 16, N - 1):
+                place = (expert, n // 32, k // 32, n % 32 // 16, k % 32 // 2, n % 16, k % 2)
+                assert places[place] == weight[expert, k, n]
+    tiles.put_in_tiles(weight)
+    assert torch.equal(weight, put)
+
+
+@pytest.mark.parametrize(("width", "size", "fits"), [(64, 32, True), (64, 40, False), (48, 32, False)])
+def test_plain_forms_compute_with_weights_in_tiles(width: int, size: int, fits: bool) -> None:
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=width, n_layer=1, n_head=1, group_size=2, n_expert=3, expert_size=size
+    )
+    torch.manual_seed(0)
+    bank, projection = ExpertBank(config).requires_grad_(False), Projection(width, size).requires_grad_(False)
+    bank.initialize(1, 1)
+    projection.initialize(1)
+    bank.bfloat16(), projection.bfloat16()
+    before = copy.deepcopy(bank), copy.deepcopy(projection)
+    for _ in range(2):  # the second time nothing is left to do
+        bank.put_in_tiles(), projection.put_in_tiles()
+        assert bank.in_tiles is projection.in_tiles is fits
+        assert torch.equal(bank.lin1, before[0].lin1) is not fits
+    mixes, x = torch.randn(3, 4, width).bfloat16(), torch.randn(4, width).bfloat16()
+    assert torch.equal(bank.experts(mixes), before[0].experts(mixes))
+    assert torch.equal(bank.part(2).experts(mixes[:2]), before[0].part(2).experts(mixes[:2]))
+    for expert in range(3):
+        for found, plain in zip(bank.expert(expert), before[0].expert(expert), strict=True):
+            assert torch.equal(found, plain)
+    assert torch.equal(projection(x), before[1](x))
+
+
+def test_only_bfloat16_is_put_in_tiles() -> None:
+    projection = Projection(32, 32)
+    projection.put_in_tiles()
+    assert not projection.in_tiles
