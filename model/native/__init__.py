@@ -130,8 +130,13 @@ class Kernels:
         return self._few_groups
 
     def prefers_rows(self, rows: int, weight: Tensor) -> bool:
-        """Whether ``linear`` is the faster way to multiply so many rows, where either would do."""
+        """Whether ``linear`` is the faster way to multiply so many rows by a weight that is not in tiles, where either
+        would do."""
         return rows <= self._few_rows or (weight.dtype is torch.bfloat16 and not self._fast_bfloat16)
+
+    def dots_in_tiles(self, weight: Tensor) -> bool:
+        """Whether ``linear`` takes ``weight [N, K]`` as tiles as it lies: then it is the way for any number of rows."""
+        return self.tiles and weight.dtype is torch.bfloat16 and weight.shape[1] % 32 == 0 and weight.shape[0] >= 32
 
     def measure_rows(self, weight: Tensor, bias: Tensor) -> int:
         """Find out up to how many rows ``linear`` is the faster way for such a ``weight [K, N]`` on this machine."""
@@ -301,7 +306,7 @@ class NativeArithmetic:
 
     def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
         shared = self._shared
-        if self._kernels.prefers_rows(shared, weight):
+        if self._kernels.dots_in_tiles(weight) or self._kernels.prefers_rows(shared, weight):
             return self._kernels.linear(hidden, weight, None, by_output=True)
         rest = self._kernels.linear(hidden[shared:], weight, None, by_output=True)
         return torch.cat((F.linear(hidden[:shared].to(weight.dtype), weight).float(), rest))

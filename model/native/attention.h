@@ -4,82 +4,199 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
-#include "products.h"
+#include "vectors.h"
 
 namespace {
 
-// Scores of count consecutive places whose keys lie a stride apart.
+// Two vectors of consecutive numbers. Of bfloat16 one holds the even ones and the other the odd ones, which takes no
+// shuffling; queries and sums are kept in the same order.
+constexpr long TWO = 2 * LANES;
+
+inline void load_two(const float* p, vec& first, vec& second) { first = load(p), second = load(p + LANES); }
+
+inline void load_two(const bf16* p, vec& first, vec& second) {
+    full_bits words;
+    std::memcpy(&words, p, sizeof words);
+    const full_bits even = words << 16, odd = words & 0xffff0000u;
+    std::memcpy(&first, &even, sizeof first);
+    std::memcpy(&second, &odd, sizeof second);
+}
+
+// Where the i-th of TWO numbers is in that order.
+inline long place_of(const float*, long i) { return i; }
+inline long place_of(const bf16*, long i) { return i / 2 + i % 2 * LANES; }
+
+// The sums of LANES vectors.
+inline vec sums_of(vec* v) {
+#if defined(__AVX512F__) && MOTSERVE_LANES == 16
+    // Neighbours are added up, of two vectors at once: after the n-th round a vector holds sums of 2^n, of 2^n vectors.
+    const auto add_pairs = [v](long count, __m512i low, __m512i high) {
+        for (long i = 0; i < count; ++i) {
+            const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+            v[i] = (vec)_mm512_permutex2var_ps(a, low, b) + (vec)_mm512_permutex2var_ps(a, high, b);
+        }
+    };
+    const auto places = [](int a, int b, int c, int d, int e, int f, int g, int h) {
+        return _mm512_setr_epi32(a, b, c, d, e, f, g, h, a + 8, b + 8, c + 8, d + 8, e + 8, f + 8, g + 8, h + 8);
+    };
+    add_pairs(8, places(0, 16, 2, 18, 4, 20, 6, 22), places(1, 17, 3, 19, 5, 21, 7, 23));
+    add_pairs(4, places(0, 1, 16, 17, 4, 5, 20, 21), places(2, 3, 18, 19, 6, 7, 22, 23));
+    add_pairs(2, places(0, 1, 2, 3, 16, 17, 18, 19), places(4, 5, 6, 7, 20, 21, 22, 23));
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    add_pairs(1, low, _mm512_add_epi32(low, _mm512_set1_epi32(8)));
+    return v[0];
+#else
+    vec sums;
+    for (long i = 0; i < LANES; ++i) sums[i] = sum(v[i]);
+    return sums;
+#endif
+}
+
+// One task's share of a row: some heads over all places.
 template <class W>
-void key_scores(const float* query, const W* keys, long count, long size, long stride, float scale, float* scores) {
+struct Heads {
+    const W *keys, *values;  // of the first of these heads
+    const int64_t* table;
+    long count, size, length, stride, block_size;
+
+    const W* at(const W* side, long place) const {
+        return side + (table[place / block_size] * block_size + place % block_size) * stride;
+    }
+
+    // Places in order, at most so many at once and of one block: use(keys or values, first place, how many, those that
+    // come next). then: what is read after the last.
+    template <class Use>
+    void each_part(const W* side, long most, const W* then, const Use& use) const {
+        for (long begin = 0, some; begin < length; begin += some) {
+            some = std::min({most, length - begin, block_size - begin % block_size});
+            use(at(side, begin), begin, some, begin + some < length ? at(side, begin + some) : then);
+        }
+    }
+
+    // One head's part of some places.
+    void fetch(const W* block, long places, long h) const {
+        for (long t = 0; t < places; ++t)
+            for (long i = 0; i < size; i += 64 / long(sizeof(W)))
+                __builtin_prefetch(block + t * stride + h * size + i, 0, 3);
+    }
+
+    // One head's scores of LANES places at most.
+    void scores(const float* query, const W* block, long places, float* to) const {
+        const long whole = size / TWO * TWO;
+        vec totals[LANES] = {};
+        for (long t = 0; t < places; ++t) {
+            const W* key = block + t * stride;
+            vec first = {}, second = {}, a, b;
+            for (long i = 0; i < whole; i += TWO) {
+                load_two(key + i, a, b);
+                first = fused(load(query + i), a, first), second = fused(load(query + i + LANES), b, second);
+            }
+            totals[t] = first + second;
+        }
+        const vec found = sums_of(totals);
+        std::memcpy(to, &found, places * sizeof(float));
+        for (long t = 0; t < places; ++t)
+            for (long i = whole; i < size; ++i) to[t] = fused(query[i], value(block + t * stride + i), to[t]);
+    }
+
+    // Adds one head's values by their weights to sums, whole vectors in order.
+    template <int V>
+    void add_vectors(const float* weights, const W* block, long places, float* sums) const {
+        vec total[2 * V], a, b;
+        for (int v = 0; v < 2 * V; ++v) total[v] = load(sums + v * LANES);
+        for (long t = 0; t < places; ++t) {
+            const vec w = broadcast(weights[t]);
+            for (int v = 0; v < V; ++v) {
+                load_two(block + t * stride + v * TWO, a, b);
+                total[2 * v] = fused(w, a, total[2 * v]), total[2 * v + 1] = fused(w, b, total[2 * v + 1]);
+            }
+        }
+        for (int v = 0; v < 2 * V; ++v) store(sums + v * LANES, total[v]);
+    }
+    void add_values(const float* weights, const W* block, long places, float* sums) const {
+        long i = 0;
+        for (; i + 2 * TWO <= size; i += 2 * TWO) add_vectors<2>(weights, block + i, places, sums + i);
+        for (; i + TWO <= size; i += TWO) add_vectors<1>(weights, block + i, places, sums + i);
+        for (; i < size; ++i)
+            for (long t = 0; t < places; ++t) sums[i] = fused(weights[t], value(block + t * stride + i), sums[i]);
+    }
+
+    // Numbers of one head in the order of vectors, or back; the rest stays in its place.
+    void in_order(const float* from, float* to, bool back) const {
+        for (long i = 0; i < size; ++i) {
+            const long first = i / TWO * TWO, place = first + TWO <= size ? first + place_of(keys, i - first) : i;
+            to[back ? i : place] = from[back ? place : i];
+        }
+    }
+};
+
+// Scores to weights, which are yet to be divided by their sum: that is returned.
+inline float exponentials(float* scores, long length, float scale) {
+    vec most = broadcast(-std::numeric_limits<float>::infinity());
     long t = 0;
-    for (; t + 4 <= count; t += 4) {
-        float* to = scores + t;
-        dot_block<1, 4>(&query, keys + t * stride, size, stride, NothingAhead(), &to);
-    }
-    for (; t < count; ++t) {
-        float* to = scores + t;
-        dot_block<1, 1>(&query, keys + t * stride, size, stride, NothingAhead(), &to);
-    }
-    for (t = 0; t < count; ++t) scores[t] *= scale;
-}
-
-// The values' sum by their weights: V vectors of columns from begin on.
-template <int V, class W>
-void value_sums(const float* weights, const W* values, const int64_t* table, long length, long block_size, long stride,
-                float* out) {
-    vec total[V] = {};
-    for (long begin = 0; begin < length; begin += block_size) {
-        const W* block = values + table[begin / block_size] * block_size * stride;
-        const long count = std::min(block_size, length - begin);
-        for (long t = 0; t < count; ++t) {
-            const vec w = broadcast(weights[begin + t]);
-            for (int v = 0; v < V; ++v) total[v] = fused(w, load(block + t * stride + v * LANES), total[v]);
-        }
-    }
-    for (int v = 0; v < V; ++v) store(out + v * LANES, total[v]);
+    for (; t + LANES <= length; t += LANES) most = maximum(load(scores + t), most);
+    float top = most[0];
+    for (long i = 1; i < LANES; ++i) top = std::max(top, most[i]);
+    for (; t < length; ++t) top = std::max(top, scores[t]);
+    const vec by = broadcast(scale), less = broadcast(top * scale);
+    apply(scores, length, [&](vec v) { return exponential(fused(v, by, -less)); });
+    vec totals = {};
+    for (t = 0; t + LANES <= length; t += LANES) totals += load(scores + t);
+    float total = sum(totals);
+    for (; t < length; ++t) total += scores[t];
+    return total;
 }
 
 template <class W>
-void attend_head(const float* query, const W* keys, const W* values, const int64_t* table, long length, long size,
-                 long stride, long block_size, float* weights, float* out) {
-    const float scale = 1.0f / std::sqrt(float(size));
-    for (long begin = 0; begin < length; begin += block_size)
-        key_scores(query, keys + table[begin / block_size] * block_size * stride, std::min(block_size, length - begin),
-                   size, stride, scale, weights + begin);
-    const float top = *std::max_element(weights, weights + length);
-    apply(weights, length, [top](vec v) { return exponential(v - top); });
-    float total = 0;
-    for (long t = 0; t < length; ++t) total += weights[t];
-    for (long t = 0; t < length; ++t) weights[t] /= total;
-    long i = 0;
-    for (; i + 4 * LANES <= size; i += 4 * LANES)
-        value_sums<4>(weights, values + i, table, length, block_size, stride, out + i);
-    for (; i + LANES <= size; i += LANES)
-        value_sums<1>(weights, values + i, table, length, block_size, stride, out + i);
-    for (; i < size; ++i) {
-        out[i] = 0;
-        for (long t = 0; t < length; ++t) {
-            const long place = table[t / block_size] * block_size + t % block_size;
-            out[i] = fused(weights[t], value(values + place * stride + i), out[i]);
+void attend_heads(const Heads<W>& heads, const float* queries, std::vector<float>& memory, float* out) {
+    const long size = heads.size, length = heads.length;
+    memory.resize(std::max<size_t>(memory.size(), heads.count * (length + size)));
+    float *weights = memory.data(), *ordered = weights + heads.count * length;
+    for (long h = 0; h < heads.count; ++h) heads.in_order(queries + h * size, ordered + h * size, false);
+    const W* first = heads.at(heads.values, 0);
+    heads.each_part(heads.keys, LANES, first, [&](const W* keys, long begin, long places, const W* next) {
+        for (long h = 0; h < heads.count; ++h) {
+            heads.fetch(next, places, h);
+            heads.scores(ordered + h * size, keys + h * size, places, weights + h * length + begin);
         }
+    });
+    std::vector<float> totals(heads.count);
+    for (long h = 0; h < heads.count; ++h)
+        totals[h] = exponentials(weights + h * length, length, 1.0f / std::sqrt(float(size)));
+    std::fill(ordered, ordered + heads.count * size, 0.0f);
+    heads.each_part(heads.values, LANES, first, [&](const W* values, long begin, long places, const W* next) {
+        for (long h = 0; h < heads.count; ++h) {
+            heads.fetch(next, places, h);
+            heads.add_values(weights + h * length + begin, values + h * size, places, ordered + h * size);
+        }
+    });
+    for (long h = 0; h < heads.count; ++h) {
+        for (long i = 0; i < size; ++i) ordered[h * size + i] /= totals[h];
+        heads.in_order(ordered + h * size, out + h * size, true);
     }
 }
+
+constexpr long ATTENTION_TASKS = 16;  // fewer rows share their heads out
 
 template <class W>
 void attend(const float* queries, const W* keys, const W* values, const int64_t* tables, const int64_t* lengths,
             float* out, long rows, long heads, long size, long table_width, long block_size) {
-    const long stride = heads * size;
+    const long stride = heads * size, parts = std::max(1L, std::min(heads, ATTENTION_TASKS / std::max(1L, rows)));
+    const long share = (heads + parts - 1) / parts;
 #pragma omp parallel
     {
-        std::vector<float> weights(table_width * block_size);
-#pragma omp for collapse(2) schedule(dynamic, 4)
+        std::vector<float> memory;
+#pragma omp for collapse(2) schedule(dynamic, 1)
         for (long row = 0; row < rows; ++row)
-            for (long head = 0; head < heads; ++head) {
-                const long at = row * stride + head * size;
-                attend_head(queries + at, keys + head * size, values + head * size, tables + row * table_width,
-                            lengths[row], size, stride, block_size, weights.data(), out + at);
+            for (long part = 0; part < parts; ++part) {
+                const long first = std::min(heads, part * share), count = std::min(heads, first + share) - first;
+                const long at = first * size;
+                const Heads<W> some{keys + at, values + at, tables + row * table_width,
+                                    count, size, lengths[row], stride, block_size};
+                if (count > 0) attend_heads(some, queries + row * stride + at, memory, out + row * stride + at);
             }
     }
 }
