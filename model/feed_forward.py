@@ -22,6 +22,6 @@ class DenseFeedForward(nn.Module):
         self.c_fc.initialize(std)
         self.c_proj.initialize(residual_std)
 
-    def forward(self, x: Tensor, arithmetic: Arithmetic = TORCH) -> Tensor:
+    def forward(self, x: Tensor, arithmetic: Arithmetic = TORCH, onto: Tensor | None = None) -> Tensor:
         hidden = arithmetic.activate(arithmetic.affine(x, self.c_fc), self.activation)
-        return arithmetic.affine(hidden, self.c_proj)
+        return arithmetic.affine(hidden, self.c_proj, onto)

@@ -108,14 +108,14 @@ class SingleRows:
     """Rows that the kernels attend one by one: ``rows [k]`` look at the first ``lengths [k]`` places of their
     ``tables [k, b]``."""
 
-    kernels: Kernels
     rows: Tensor
     tables: Tensor
     lengths: Tensor
 
 
 class PagedAttention:
-    """``attend`` over a batch of rows: write their keys and values, then let each segment look at its own.
+    """``attend`` over a batch of rows: write their keys and values, then let each segment look at its own, and with
+    ``kernels`` each of the ``single`` rows.
 
     A segment's result depends on the segment alone, so a private sequence that is a segment by itself is attended
     with shapes that are its own; a single row's depends on that row alone.
@@ -128,7 +128,10 @@ class PagedAttention:
         slots: Tensor,
         segments: list[Segment],
         single: SingleRows | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
+        assert single is None or kernels is not None
+        self._kernels = kernels
         self._cache, self._heads, self._size = cache, config.n_head, config.head_size
         self._slots, self._segments, self._single = slots, segments, single
         # All rows, one by one, in their order: nothing to gather.
@@ -137,7 +140,10 @@ class PagedAttention:
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         rows = qkv.shape[0]
         queries, keys, values = qkv.view(rows, 3, self._heads, self._size).unbind(1)
-        self._cache.write(layer, self._slots, keys, values)
+        if self._kernels is not None:
+            self._kernels.keep(qkv, self._slots, *self._cache.layer(layer))
+        else:
+            self._cache.write(layer, self._slots, keys, values)
         if self._single is not None and self._only_single:
             return self._alone(layer, queries, self._single).view(rows, -1).to(qkv.dtype)
         out = torch.zeros_like(queries)
@@ -156,7 +162,8 @@ class PagedAttention:
 
     def _alone(self, layer: int, queries: Tensor, single: SingleRows) -> Tensor:
         k, v = self._cache.layer(layer)
-        return single.kernels.attend(queries, k, v, single.tables, single.lengths)
+        assert self._kernels is not None
+        return self._kernels.attend(queries, k, v, single.tables, single.lengths)
 
 
 def _zeros_when_touched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

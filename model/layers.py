@@ -48,8 +48,8 @@ class Arithmetic(Protocol):
 
     def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor: ...
 
-    def affine(self, x: Tensor, projection: Projection) -> Tensor:
-        """``x [n, in]`` to ``[n, out]``."""
+    def affine(self, x: Tensor, projection: Projection, onto: Tensor | None = None) -> Tensor:
+        """``x [n, in]`` to ``[n, out]``, added to ``onto [n, out]``."""
 
     def activate(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor: ...
 
@@ -66,9 +66,9 @@ class TorchArithmetic:
         result: Tensor = norm(x)
         return result
 
-    def affine(self, x: Tensor, projection: Projection) -> Tensor:
+    def affine(self, x: Tensor, projection: Projection, onto: Tensor | None = None) -> Tensor:
         result: Tensor = projection(x)
-        return result
+        return result if onto is None else onto + result
 
     def activate(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
         return activation(x)
@@ -89,8 +89,9 @@ class WideArithmetic(TorchArithmetic):
     def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
-    def affine(self, x: Tensor, projection: Projection) -> Tensor:
-        return projection(x.to(projection.weight.dtype)).float()  # type: ignore[no-any-return]
+    def affine(self, x: Tensor, projection: Projection, onto: Tensor | None = None) -> Tensor:
+        result: Tensor = projection(x.to(projection.weight.dtype)).float()
+        return result if onto is None else onto + result
 
     def head(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.linear(hidden.to(weight.dtype), weight).float()

@@ -42,9 +42,11 @@ class Block(nn.Module):
 
     def forward(self, layer: int, x: Tensor, attend: Attend, mix: Mix, arithmetic: Arithmetic) -> Tensor:
         qkv = arithmetic.affine(arithmetic.normalize(x, self.ln_1), self.attn.c_attn)
-        x = x + arithmetic.affine(attend(layer, qkv), self.attn.c_proj)
+        x = arithmetic.affine(attend(layer, qkv), self.attn.c_proj, x)
         normed = arithmetic.normalize(x, self.ln_2)
-        return x + (mix(layer, self.mlp, normed) if isinstance(self.mlp, ExpertBank) else self.mlp(normed, arithmetic))
+        if isinstance(self.mlp, ExpertBank):
+            return x + mix(layer, self.mlp, normed)
+        return self.mlp(normed, arithmetic, x)  # type: ignore[no-any-return]
 
 
 def _embedding(count: int, width: int) -> nn.Embedding:

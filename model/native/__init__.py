@@ -81,11 +81,15 @@ class Kernels:
         self._fast_bfloat16 = computes_in_bfloat16()
         self._few_groups, self._few_rows = _FEW_GROUPS, _FEW_ROWS
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-        self._linear = _function(loaded, "motserve_linear", [pointer] * 4 + [wide] * 3 + [number] * 3)
+        self._linear = _function(loaded, "motserve_linear", [pointer] * 5 + [wide] * 3 + [number] * 3)
         self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 4 + [number] * 2)
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
         self._routed = _function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
-        self._attend = _function(loaded, "motserve_attend", [pointer] * 6 + [wide] * 5 + [number])
+        self._keep = _function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
+        self._attend = _function(loaded, "motserve_attend", [pointer, wide] + [pointer] * 5 + [wide] * 5 + [number])
+        self._normalize = _function(
+            loaded, "motserve_normalize", [pointer] * 3 + [ctypes.c_double, pointer] + [wide] * 2 + [number]
+        )
         self._draw = _function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
         self._score = _function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
         self._activate = _function(loaded, "motserve_activate", [pointer, wide, number])
@@ -154,22 +158,34 @@ class Kernels:
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, *, by_output: bool = False, in_tiles: bool = False,
-        exact: bool = False,
+        exact: bool = False, onto: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """``x [n, K]`` times ``weight [K, N]`` (``by_output``: ``[N, K]``) plus ``bias [N]``: float32 ``[n, N]``. Where
-        the processor multiplies bfloat16, ``x`` is rounded to it for such weights, unless ``exact``, which weights
-        ``in_tiles`` do not allow."""
+        """``x [n, K]`` times ``weight [K, N]`` (``by_output``: ``[N, K]``) plus ``bias [N]`` of the same type and
+        float32 ``onto [n, N]``: float32 ``[n, N]``. Where the processor multiplies bfloat16, ``x`` is rounded to it for
+        such weights, unless ``exact``, which weights ``in_tiles`` do not allow."""
         x = x.float().contiguous()
         rows, inner = x.shape
         outer = weight.shape[0 if by_output else 1]
         assert weight.is_contiguous() and weight.shape == ((outer, inner) if by_output else (inner, outer))
         assert not in_tiles or (self.tiles and not by_output and not exact)
         order = _IN_TILES if in_tiles else _BY_OUTPUT if by_output else _BY_INPUT
-        kept = None if bias is None else bias.float()
+        assert bias is None or bias.dtype is weight.dtype
+        assert onto is None or (onto.shape == (rows, outer) and onto.dtype is torch.float32 and onto.is_contiguous())
         out = torch.empty(rows, outer)
         self._linear(
-            x.data_ptr(), weight.data_ptr(), None if kept is None else kept.data_ptr(), out.data_ptr(),
-            rows, inner, outer, order, exact, _half(weight),
+            x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(),
+            None if onto is None else onto.data_ptr(), out.data_ptr(), rows, inner, outer, order, exact, _half(weight),
+        )  # fmt: skip
+        return out
+
+    def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """``x [n, D]`` normalised row by row: float32 ``[n, D]``."""
+        x = x.float().contiguous()
+        out = torch.empty_like(x)
+        assert norm.weight.shape == norm.bias.shape == x.shape[1:]
+        self._normalize(
+            x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps, out.data_ptr(), *x.shape,
+            _half(norm.weight),
         )  # fmt: skip
         return out
 
@@ -239,16 +255,26 @@ class Kernels:
         )  # fmt: skip
         return out
 
+    def keep(self, qkv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write what follows the queries in float32 ``qkv [n, 3D]`` to ``slots [n]`` of ``keys`` and ``values [blocks,
+        block_size, H, hd]``."""
+        assert qkv.dtype is torch.float32 and qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
+        self._keep(
+            qkv.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr(), qkv.shape[0], qkv.shape[1] // 3,
+            _half(keys),
+        )  # fmt: skip
+
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
         """``queries [n, H, hd]``, each over the first ``lengths [n]`` places of its ``tables [n, b]``, in ``keys`` and
         ``values [blocks, block_size, H, hd]``: float32 ``[n, H, hd]``."""
-        queries = queries.float().contiguous()
         rows, heads, size = queries.shape
+        if queries.dtype is not torch.float32 or queries.stride()[1:] != (size, 1):
+            queries = queries.float().contiguous()
         assert keys.is_contiguous() and values.is_contiguous() and tables.is_contiguous()
-        out = torch.empty_like(queries)
+        out = torch.empty(rows, heads, size)
         self._attend(
-            queries.data_ptr(), keys.data_ptr(), values.data_ptr(), tables.data_ptr(), lengths.data_ptr(),
-            out.data_ptr(), rows, heads, size, tables.shape[1], keys.shape[1], _half(keys),
+            queries.data_ptr(), queries.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
+            lengths.data_ptr(), out.data_ptr(), rows, heads, size, tables.shape[1], keys.shape[1], _half(keys),
         )  # fmt: skip
         return out
 
@@ -289,17 +315,17 @@ class NativeArithmetic:
     def __init__(self, kernels: Kernels, *, shared: int = 0) -> None:
         self._kernels, self._shared = kernels, shared
 
-    def affine(self, x: Tensor, projection: Projection) -> Tensor:
+    def affine(self, x: Tensor, projection: Projection, onto: Tensor | None = None) -> Tensor:
         weight, bias, shared = projection.weight, projection.bias, self._shared
         if projection.in_tiles or self._kernels.prefers_rows(shared, weight):
-            return self._kernels.linear(x, weight, bias, in_tiles=projection.in_tiles)
+            return self._kernels.linear(x, weight, bias, in_tiles=projection.in_tiles, onto=onto)
         together = torch.addmm(bias, x[:shared].to(weight.dtype), weight).float()
-        if shared == x.shape[0]:
-            return together
-        return torch.cat((together, self._kernels.linear(x[shared:], weight, bias)))
+        if shared < x.shape[0]:
+            together = torch.cat((together, self._kernels.linear(x[shared:], weight, bias)))
+        return together if onto is None else onto + together
 
     def normalize(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        return self._kernels.normalize(x, norm)
 
     def activate(self, x: Tensor, activation: Activation) -> Tensor:
         return self._kernels.activate(x.contiguous(), activation)

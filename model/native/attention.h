@@ -25,6 +25,26 @@ inline void load_two(const bf16* p, vec& first, vec& second) {
     std::memcpy(&second, &odd, sizeof second);
 }
 
+// Rounded to the nearest, ties to even.
+inline void narrow(float x, float* to) { *to = x; }
+inline void narrow(float x, bf16* to) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to->bits = x == x ? rounded : 0x7fc0;
+}
+
+// Keys and values of rows [rows, 3 * width], behind the queries, to their slots.
+template <class W>
+void keep(const float* qkv, const int64_t* slots, W* keys, W* values, long rows, long width) {
+#pragma omp parallel for schedule(static) if (rows * width > SERIAL)
+    for (long r = 0; r < rows; ++r) {
+        const float* from = qkv + (3 * r + 1) * width;
+        for (long i = 0; i < width; ++i) narrow(from[i], keys + slots[r] * width + i);
+        for (long i = 0; i < width; ++i) narrow(from[width + i], values + slots[r] * width + i);
+    }
+}
+
 // Where the i-th of TWO numbers is in that order.
 inline long place_of(const float*, long i) { return i; }
 inline long place_of(const bf16*, long i) { return i / 2 + i % 2 * LANES; }
@@ -181,9 +201,10 @@ void attend_heads(const Heads<W>& heads, const float* queries, std::vector<float
 
 constexpr long ATTENTION_TASKS = 16;  // fewer rows share their heads out
 
+// Queries lie apart floats from each other.
 template <class W>
-void attend(const float* queries, const W* keys, const W* values, const int64_t* tables, const int64_t* lengths,
-            float* out, long rows, long heads, long size, long table_width, long block_size) {
+void attend(const float* queries, long apart, const W* keys, const W* values, const int64_t* tables,
+            const int64_t* lengths, float* out, long rows, long heads, long size, long table_width, long block_size) {
     const long stride = heads * size, parts = std::max(1L, std::min(heads, ATTENTION_TASKS / std::max(1L, rows)));
     const long share = (heads + parts - 1) / parts;
 #pragma omp parallel
@@ -196,7 +217,7 @@ void attend(const float* queries, const W* keys, const W* values, const int64_t*
                 const long at = first * size;
                 const Heads<W> some{keys + at, values + at, tables + row * table_width,
                                     count, size, lengths[row], stride, block_size};
-                if (count > 0) attend_heads(some, queries + row * stride + at, memory, out + row * stride + at);
+                if (count > 0) attend_heads(some, queries + row * apart + at, memory, out + row * stride + at);
             }
     }
 }

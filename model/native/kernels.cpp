@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "normalization.h"
 #include "private_layer.h"
 #include "sampling.h"
 
@@ -27,10 +28,20 @@ void motserve_score(const float* logits, int64_t rows, int64_t V, const int64_t*
         score(logits + r * V, V, tokens[r], k, chosen + r, ids + r * k, values + r * k);
 }
 
-void motserve_linear(const float* x, const void* weight, const float* bias, float* out, int64_t rows, int64_t K,
-                     int64_t N, int32_t order, int32_t exact, int32_t half) {
-    if (half) linear(x, static_cast<const bf16*>(weight), bias, out, rows, K, N, Order(order), exact);
-    else linear(x, static_cast<const float*>(weight), bias, out, rows, K, N, Order(order), exact);
+void motserve_normalize(const float* x, const void* weight, const void* bias, double epsilon, float* out, int64_t rows,
+                        int64_t D, int32_t half) {
+    if (half) normalize(x, static_cast<const bf16*>(weight), static_cast<const bf16*>(bias), epsilon, out, rows, D);
+    else normalize(x, static_cast<const float*>(weight), static_cast<const float*>(bias), epsilon, out, rows, D);
+}
+
+void motserve_linear(const float* x, const void* weight, const void* bias, const float* onto, float* out, int64_t rows,
+                     int64_t K, int64_t N, int32_t order, int32_t exact, int32_t half) {
+    if (half)
+        linear(x, static_cast<const bf16*>(weight), Added<bf16>{static_cast<const bf16*>(bias), onto}, out, rows, K, N,
+               Order(order), exact);
+    else
+        linear(x, static_cast<const float*>(weight), Added<float>{static_cast<const float*>(bias), onto}, out, rows, K,
+               N, Order(order), exact);
 }
 
 // Whether products of bfloat16 are made in tiles.
@@ -62,16 +73,22 @@ void motserve_routed(const float* x, const float* gates, const void* lin1, const
                  [&](const auto& experts) { routed(experts, x, gates, out, n, E); });
 }
 
-void motserve_activate(float* x, int64_t count, int32_t kind) { activate(x, count, kind); }
+void motserve_activate(float* x, int64_t count, int32_t kind) { activate_together(x, count, kind); }
 
-void motserve_attend(const float* queries, const void* keys, const void* values, const int64_t* tables,
+void motserve_keep(const float* qkv, const int64_t* slots, void* keys, void* values, int64_t rows, int64_t width,
+                   int32_t half) {
+    if (half) keep(qkv, slots, static_cast<bf16*>(keys), static_cast<bf16*>(values), rows, width);
+    else keep(qkv, slots, static_cast<float*>(keys), static_cast<float*>(values), rows, width);
+}
+
+void motserve_attend(const float* queries, int64_t apart, const void* keys, const void* values, const int64_t* tables,
                      const int64_t* lengths, float* out, int64_t rows, int64_t heads, int64_t size,
                      int64_t table_width, int64_t block_size, int32_t half) {
     if (half)
-        attend(queries, static_cast<const bf16*>(keys), static_cast<const bf16*>(values), tables, lengths, out, rows,
-               heads, size, table_width, block_size);
+        attend(queries, apart, static_cast<const bf16*>(keys), static_cast<const bf16*>(values), tables, lengths, out,
+               rows, heads, size, table_width, block_size);
     else
-        attend(queries, static_cast<const float*>(keys), static_cast<const float*>(values), tables, lengths, out, rows,
-               heads, size, table_width, block_size);
+        attend(queries, apart, static_cast<const float*>(keys), static_cast<const float*>(values), tables, lengths, out,
+               rows, heads, size, table_width, block_size);
 }
 }

@@ -62,17 +62,27 @@ void paired_stripe(const PackedRows& packed, long rows, const W* weight, long K,
     }
 }
 
-// To columns [begin, end) of all rows; none where it is null.
-inline void add_bias(const float* bias, long begin, long end, const std::vector<float*>& rows) {
-    if (bias == nullptr) return;
-    for (float* row : rows)
-        for (long j = begin; j < end; ++j) row[j] += bias[j];
-}
+// What is added to products: the bias of each column, and rows of results [rows, N]; either may be null.
+template <class W>
+struct Added {
+    const W* bias;
+    const float* onto;
+
+    void to(const std::vector<float*>& rows, long N, long begin, long end) const {
+        for (size_t r = 0; r < rows.size(); ++r) {
+            float* row = rows[r];
+            if (bias != nullptr)
+                for (long j = begin; j < end; ++j) row[j] += value(bias + j);
+            if (onto != nullptr)
+                for (long j = begin; j < end; ++j) row[j] += onto[r * N + j];
+        }
+    }
+};
 
 #ifdef MOTSERVE_TILES
 // By weights [N, K] (by_output) or [K, N] in tiles.
-inline void linear_in_tiles(const float* x, const bf16* weight, const float* bias, float* out, long rows, long K, long N,
-                            bool by_output) {
+inline void linear_in_tiles(const float* x, const bf16* weight, const Added<bf16>& added, float* out, long rows, long K,
+                            long N, bool by_output) {
     const auto from = row_pointers(x, rows, K);
     const auto to = row_pointers(out, rows, N);
     TileRows packed;
@@ -88,7 +98,7 @@ inline void linear_in_tiles(const float* x, const bf16* weight, const float* bia
             const long begin = s * stripe, end = std::min(N, begin + stripe);
             if (by_output) tile_dots(packed, weight, K, N, begin, end, to.data());
             else tiled_products(packed, weight, begin, end, to.data());
-            add_bias(bias, begin, end, to);
+            added.to(to, N, begin, end);
         }
     }
 }
@@ -99,13 +109,13 @@ enum Order { BY_INPUT, BY_OUTPUT, IN_TILES };  // [K, N], [N, K], [K, N] as mode
 
 // exact: rows are not rounded, whatever the weights are.
 template <class W>
-void linear(const float* x, const W* weight, const float* bias, float* out, long rows, long K, long N, Order order,
+void linear(const float* x, const W* weight, const Added<W>& added, float* out, long rows, long K, long N, Order order,
             bool exact) {
     const bool by_output = order == BY_OUTPUT;
 #ifdef MOTSERVE_TILES
     if constexpr (std::is_same_v<W, bf16>)
         if (order == IN_TILES || (by_output && !exact && tiles_here() && K % TERMS == 0 && N >= 2 * TILE))
-            return linear_in_tiles(x, weight, bias, out, rows, K, N, by_output);
+            return linear_in_tiles(x, weight, added, out, rows, K, N, by_output);
 #endif
     const auto from = row_pointers(x, rows, K);
     const auto to = row_pointers(out, rows, N);
@@ -120,7 +130,7 @@ void linear(const float* x, const W* weight, const float* bias, float* out, long
         if (paired) paired_stripe(packed, rows, weight, K, N, begin, end, by_output, to.data());
         else if (by_output) dot_products(from.data(), rows, weight, K, begin, end, to.data());
         else row_products(from.data(), rows, weight, K, N, begin, end, weight + end - begin, to.data());
-        add_bias(bias, begin, end, to);
+        added.to(to, N, begin, end);
     }
 }
 

@@ -37,8 +37,9 @@ class NativePass:
             if len(alone) < sum(chunk.length for chunk in alone):
                 tables = tables.repeat_interleave(batch.numbers([c.length for c in alone]), 0)
             lengths = batch.numbers([end for c in alone for end in range(c.start + 1, c.end + 1)])
-            single = SingleRows(kernels, batch.rows_of(alone), tables, lengths)
-        attention = PagedAttention(self._cache, self._config, batch.slots(), batch.prompt_segments(prompts), single)
+            single = SingleRows(batch.rows_of(alone), tables, lengths)
+        segments = batch.prompt_segments(prompts)
+        attention = PagedAttention(self._cache, self._config, batch.slots(), segments, single, kernels)
         public = sum(chunk.length for chunk in plan.public)
         shared = shared_groups(self._config, self._fill, batch, groups, kernels)
         private = private_rows(self._config, self._fill, self._batch(plan.private), kernels=kernels)

@@ -38,6 +38,25 @@ def test_attend(variant: Kernels, rows: int, heads: int, size: int, dtype: torch
         wider = torch.cat((tables[row : row + 1], torch.zeros(1, 3, dtype=torch.int64)), 1)
         alone = variant.attend(queries[row : row + 1], keys, values, wider, torch.tensor([length]))
         assert torch.equal(alone[0], found[row])
+    apart = torch.cat((queries, queries, queries), 1)[:, :heads]
+    assert torch.equal(variant.attend(apart, keys, values, tables, torch.tensor(lengths)), found)
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 40), heads=st.integers(1, 3), size=st.integers(1, 40), dtype=dtypes)
+def test_keep(variant: Kernels, rows: int, heads: int, size: int, dtype: torch.dtype) -> None:
+    """As torch rounds, special numbers too; what has no slot stays as it is."""
+    keys, values = (random_of(11, 4, heads, size, seed=seed).to(dtype) for seed in (1, 2))
+    qkv = random_of(rows, 3 * heads * size, seed=3)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 1.00390625, 1.01171875, 3.4e38])
+    qkv.view(-1)[: len(special)] = special[: qkv.numel()]
+    slots = torch.randperm(44, generator=torch.Generator().manual_seed(4))[:rows]
+    wanted = [side.clone() for side in (keys, values)]
+    for side, given_ in zip(wanted, qkv.view(rows, 3, heads, size).unbind(1)[1:], strict=True):
+        side.flatten(0, 1)[slots] = given_.to(dtype)
+    variant.keep(qkv, slots, keys, values)
+    for found, plain in zip((keys, values), wanted, strict=True):
+        assert torch.equal(found.nan_to_num(7), plain.nan_to_num(7)) and torch.equal(found.isnan(), plain.isnan())
 
 
 @settings(deadline=None, max_examples=60)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.layers import Projection
@@ -27,13 +27,16 @@ from tests.model.native.inputs import DTYPES, dtypes, random_of, types
 def test_linear(
     variant: Kernels, rows: int, inner: int, outer: int, by_output: bool, exact: bool, dtype: torch.dtype
 ) -> None:
-    x, bias = random_of(rows, inner), random_of(outer, seed=1)
+    x, bias = random_of(rows, inner), random_of(outer, seed=1).to(dtype)
     if not exact:
         x = x.to(dtype).float()  # products in bfloat16 round what they are given
     weight = random_of(*((outer, inner) if by_output else (inner, outer)), seed=2).to(dtype)
     found = variant.linear(x, weight, bias, by_output=by_output, exact=exact)
-    plain = torch.addmm(bias, x, weight.float().t() if by_output else weight.float())
+    plain = torch.addmm(bias.float(), x, weight.float().t() if by_output else weight.float())
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+    onto = random_of(rows, outer, seed=3)
+    added = variant.linear(x, weight, bias, by_output=by_output, exact=exact, onto=onto)
+    torch.testing.assert_close(added, found + onto)
     for row in {0, rows // 2, rows - 1}:
         alone = variant.linear(x[row : row + 1], weight, bias, by_output=by_output, exact=exact)
         assert torch.equal(alone[0], found[row])
@@ -227,6 +230,20 @@ def test_public_rows_may_be_multiplied_together(
         )
 
 
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 80), width=st.integers(1, 600), dtype=dtypes, scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_normalize(variant: Kernels, rows: int, width: int, dtype: torch.dtype, scale: float) -> None:
+    norm = nn.LayerNorm(width).requires_grad_(False)
+    norm.weight.copy_(random_of(width)), norm.bias.copy_(random_of(width, seed=1))
+    norm.to(dtype)
+    x = random_of(rows, width, seed=2) * scale + scale
+    found = variant.normalize(x, norm)
+    torch.testing.assert_close(found, norm.float()(x), atol=1e-4, rtol=1e-4)
+    norm.to(dtype)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(variant.normalize(x[row : row + 1], norm)[0], found[row])
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(-120, 120, width=32), min_size=1, max_size=40))
 def test_activations(variant: Kernels, numbers: list[float]) -> None:
@@ -234,6 +251,8 @@ def test_activations(variant: Kernels, numbers: list[float]) -> None:
     for activation in (_gelu_tanh, F.gelu, F.silu, F.relu):
         found = variant.activate(x.clone(), activation)
         torch.testing.assert_close(found, activation(x), atol=2e-6, rtol=2e-6)
+        many = x.repeat(-(-70000 // len(x)))  # for several threads
+        assert torch.equal(variant.activate(many.clone(), activation).view(-1, len(x))[[0, -1]], found.expand(2, -1))
         for place in range(len(x)):  # of its place a number knows nothing
             assert torch.equal(variant.activate(x[place : place + 1].clone(), activation)[0], found[place])
 

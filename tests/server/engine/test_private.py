@@ -135,6 +135,9 @@ def test_blocks_of_private_requests_are_zeroed_before_reuse(build_engine: Any, d
     (block,) = sequence.block_table
     assert not engine.runner.cache.holds_only_zeros(block)
     engine.abort("a")
-    public = EngineRequest("b", ((4,),), SamplingParams(max_tokens=1))
-    drive_engine(engine, [public])
-    assert engine.runner.cache.holds_only_zeros(block)
+    engine.add(EngineRequest("b", ((4,),), SamplingParams(max_tokens=2)))
+    engine.step()
+    (successor,) = engine._sequences["b"]
+    assert successor.block_table == [block], "the one freed last comes first"
+    content = engine.runner.cache.copy_out([block])[:, :, 0]  # [layers, 2, block_size, heads, head_size]
+    assert bool(content[:, :, 0].any()) and not bool(content[:, :, 1:].any()), "only what the public request wrote"
