@@ -17,14 +17,17 @@ _MADV_HUGEPAGE = 14  # linux/mman.h
 
 
 def empty_in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Contiguous and not yet filled, in host memory. Where large pages are not to be had it is in ordinary ones."""
-    tensor = torch.empty(shape, dtype=dtype)
+    """Contiguous and not yet filled, in host memory; what is large begins at a large page. Where those are not to be
+    had it is in ordinary ones."""
     size = math.prod(shape) * dtype.itemsize
+    if size < _WORTH_IT:
+        return torch.empty(shape, dtype=dtype)
+    whole = torch.empty(size + _LARGE_PAGE, dtype=torch.uint8)  # what is never touched takes no memory
+    begin = -whole.data_ptr() % _LARGE_PAGE
+    tensor = whole[begin : begin + size].view(dtype).view(shape)
     advise = _advise()
-    if advise is not None and size >= _WORTH_IT:
-        begin = -(-tensor.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
-        length = (tensor.data_ptr() + size - begin) // _LARGE_PAGE * _LARGE_PAGE
-        advise(begin, length, _MADV_HUGEPAGE)  # only advice: that it fails changes nothing
+    if advise is not None:
+        advise(tensor.data_ptr(), size // _LARGE_PAGE * _LARGE_PAGE, _MADV_HUGEPAGE)  # advice: failing changes nothing
     return tensor
 
 

@@ -117,10 +117,9 @@ class ExpertBank(nn.Module):
         self.lin2, self.scale2 = _to_int8(self.lin2, None)
 
     def put_in_tiles(self) -> None:
-        """The experts' weights in place, where they fit. Not to be trained afterwards."""
+        """The experts' weights, where they fit. Not to be trained afterwards."""
         if not self.in_tiles and tiles.fits(self.lin1, self.lin2):
-            tiles.put_in_tiles(self.lin1)
-            tiles.put_in_tiles(self.lin2)
+            self.lin1.data, self.lin2.data = tiles.side_by_side(self.lin1, self.lin2)
             self.in_tiles = True
 
     def _in_order(self, weight: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.memory import empty_in_large_pages
+
 _TERMS = 32  # of K in a tile of weights, and columns of two tiles
 
 
@@ -40,6 +42,20 @@ def _permuted(tensor: Tensor, last: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def put_in_tiles(weight: Tensor) -> None:
-    """In place, matrix by matrix: there are never two copies of all."""
-    for matrix in weight.data.flatten(0, -3) if weight.dim() > 2 else (weight.data,):
-        matrix.copy_(to_tiles(matrix))
+    """In place."""
+    weight.copy_(to_tiles(weight))
+
+
+@torch.no_grad()
+def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """``first [E, D, S]`` and ``second [E, S, D]`` in tiles, on common memory: an expert's second matrix follows its
+    first, so that the experts in order are one run of memory."""
+    sizes = (first[0].numel(), second[0].numel())
+    common = empty_in_large_pages((first.shape[0], sum(sizes)), first.dtype)
+    put = [
+        part.unflatten(1, (-1, w.shape[2]))
+        for part, w in zip(torch.split(common, sizes, 1), (first, second), strict=True)
+    ]
+    for expert in range(first.shape[0]):
+        put[0][expert], put[1][expert] = to_tiles(first[expert]), to_tiles(second[expert])
+    return put[0], put[1]

@@ -363,7 +363,12 @@ def measurable_part(bank: ExpertBank) -> ExpertBank:
 def _experts(bank: ExpertBank) -> tuple[int, int, int | None, int | None]:
     """Where the experts' weights and scales lie."""
     tensors = (bank.lin1, bank.lin2, bank.scale1, bank.scale2)
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    if bank.in_tiles:  # side by side
+        one = bank.lin1[0].numel()
+        assert bank.lin1.shape[0] == 1 or bank.lin1.stride(0) == bank.lin2.stride(0) == 2 * one
+        assert bank.lin2.data_ptr() - bank.lin1.data_ptr() == one * bank.lin1.element_size()
+    else:
+        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
     assert bank.scale1 is None or bank.scale1.dtype is torch.float32
     first, second, scale1, scale2 = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     assert first is not None and second is not None

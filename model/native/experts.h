@@ -45,7 +45,7 @@ class Scratch {
 template <class W>
 struct Experts {
     const W* lin1;        // [E, D, S]
-    const W* lin2;        // [E, S, D]
+    const W* lin2;        // [E, S, D]; in tiles an expert's follows its part of lin1
     const float* scale1;  // [E, S]
     const float* scale2;  // [E, D]
     long D, S;
@@ -55,7 +55,8 @@ struct Experts {
     // Expert e on its rows.
     void run(long e, const float* const* in, float* const* out, long rows, Scratch& scratch) const {
         if (rows == 0) return;
-        const W *first = lin1 + e * D * S, *second = lin2 + e * S * D;
+        const long apart = (tiles ? 2 : 1) * D * S;
+        const W *first = lin1 + e * apart, *second = lin2 + e * apart;
         float* const* hidden = scratch.rows_of(rows, S);
 #ifdef MOTSERVE_TILES
         if constexpr (std::is_same_v<W, bf16>)

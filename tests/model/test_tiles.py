@@ -29,6 +29,8 @@ def test_every_weight_is_where_the_order_says_and_comes_back(experts: int, rows:
             for n in (0, 5, 16, N - 1):
                 place = (expert, n // 32, k // 32, n % 32 // 16, k % 32 // 2, n % 16, k % 2)
                 assert places[place] == weight[expert, k, n]
+    first, second = tiles.side_by_side(weight, weight.transpose(1, 2))
+    assert torch.equal(first, put) and torch.equal(second, tiles.to_tiles(weight.transpose(1, 2)))
     tiles.put_in_tiles(weight)
     assert torch.equal(weight, put)
 
