@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.layers import TILE, activate_rows, tile_matmul
+from model.memory import Workspace
 from model.mixing import ExpertBank, exact_products, mixing_entropy, mixing_weights
 from model.native import Kernels
 from model.reference import ReferenceCrowd
@@ -56,12 +57,13 @@ class SharedGroups:
         positions: Tensor,
         largest: int,
         kernels: Kernels | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         # Without fill a group is only as wide as the largest one is live.
         self._size = config.group_size if fill.kind != "none" else largest
         self._temperature = config.temperature
         self._fill, self._rows, self._places, self._positions = fill, rows, places, positions
-        self._kernels = kernels
+        self._kernels, self._workspace = kernels, workspace
         self.entropy = torch.zeros(positions.shape[0], device=positions.device)  # [n], summed over the layers
         self._empty: Tensor | None = None
         if fill.kind == "none":
@@ -77,7 +79,7 @@ class SharedGroups:
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         mixes, emit = self.mix(layer, bank, x)
         if self._kernels is not None and self._kernels.prefers(mixes.shape[1], bank):
-            outputs = self._kernels.bank(mixes, bank)
+            outputs = self._kernels.bank(mixes, bank, self._workspace)
         else:
             outputs = bank.experts(mixes.to(bank.controller.dtype))
         return self.redistribute(outputs, emit, x)
@@ -91,7 +93,10 @@ class SharedGroups:
         merge, emit = mixing_weights(
             scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated
         )
-        mixes = torch.bmm(merge.transpose(1, 2).to(members.dtype), members).transpose(0, 1)  # [E, n, D]
+        weights, room = merge.transpose(1, 2).to(members.dtype), None
+        if self._workspace is not None and members.dtype is torch.float32:
+            room = self._workspace.take("mixes", (*weights.shape[:2], members.shape[2]))
+        mixes = torch.bmm(weights, members, out=room).transpose(0, 1)  # [E, n, D]
         self.entropy += mixing_entropy(merge)
         return mixes, torch.nan_to_num(emit) if self._empty is not None else emit
 
@@ -174,7 +179,9 @@ class PrivateRows:
         self.experts_used += used.sum(1)
         return (every_expert if self._every else sparse_experts)(bank, mixes, emit, used)
 
-    def beside(self, layer: int, bank: ExpertBank, x: Tensor, mixes: Tensor) -> tuple[Tensor, Tensor]:
+    def beside(
+        self, layer: int, bank: ExpertBank, x: Tensor, mixes: Tensor, workspace: Workspace | None = None
+    ) -> tuple[Tensor, Tensor]:
         """With kernels: this layer for ``x``, and shared groups' ``mixes [E, n, D]`` through the same experts while
         their weights are at hand."""
         crowd = self._fill.crowd
@@ -183,7 +190,7 @@ class PrivateRows:
             x, bank, None if crowd is None else (crowd.places[layer], crowd.scores[layer]),
             rivals=0 if crowd is None else crowd.rivals,
             positions=self._positions, temperatures=self._temperatures, skip_below=self._skip_below, live=self._live,
-            entropy=self.entropy, used=self.experts_used, mixes=mixes,
+            entropy=self.entropy, used=self.experts_used, mixes=mixes, workspace=workspace,
         )  # fmt: skip
         return out.to(x.dtype), outputs
 

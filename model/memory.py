@@ -36,6 +36,21 @@ def in_large_pages(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return empty_in_large_pages(tuple(tensor.shape), dtype or tensor.dtype).copy_(tensor)
 
 
+class Workspace:
+    """Memory that results of the same kind take one after the other: of large ones, the first touch of new memory costs
+    as much as computing them. A result is gone when the next of its kind is taken."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, kind: str, shape: tuple[int, ...]) -> Tensor:
+        """Contiguous float32, not filled."""
+        size = math.prod(shape)
+        if kind not in self._held or self._held[kind].numel() < size:
+            self._held[kind] = empty_in_large_pages((size,), torch.float32)
+        return self._held[kind][:size].view(shape)
+
+
 def move_to_large_pages(model: nn.Module, dtype: torch.dtype) -> None:
     """All parameters, one after the other, so that there are never two copies of all of them. For inference."""
     for parameter in model.parameters():

@@ -50,12 +50,9 @@ def put_in_tiles(weight: Tensor) -> None:
 def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """``first [E, D, S]`` and ``second [E, S, D]`` in tiles, on common memory: an expert's second matrix follows its
     first, so that the experts in order are one run of memory."""
-    sizes = (first[0].numel(), second[0].numel())
+    sizes = [first[0].numel(), second[0].numel()]
     common = empty_in_large_pages((first.shape[0], sum(sizes)), first.dtype)
-    put = [
-        part.unflatten(1, (-1, w.shape[2]))
-        for part, w in zip(torch.split(common, sizes, 1), (first, second), strict=True)
-    ]
+    put = [part.view(-1, *w.shape[1:]) for part, w in zip(torch.split(common, sizes, 1), (first, second), strict=True)]
     for expert in range(first.shape[0]):
         put[0][expert], put[1][expert] = to_tiles(first[expert]), to_tiles(second[expert])
     return put[0], put[1]

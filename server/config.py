@@ -75,7 +75,10 @@ class Settings(BaseSettings):
     )
     max_concurrent: int = Field(256, ge=1, description="sequences running at once")
     max_waiting: int = Field(1024, ge=1, description="sequences queued before new requests get 429")
-    prefill_tokens: int = Field(192, ge=1, description="prompt tokens computed a step beside decoding")
+    prefill_tokens: int | None = Field(
+        None, ge=1, description="prompt tokens computed a step beside decoding; default: 192, of public prompts up to "
+        "512 where the machine computes them while it reads the experts"
+    )  # fmt: skip
     max_body_bytes: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**20, ge=1, description="larger bodies: 413")
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is cut off")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -36,6 +36,7 @@ from server.engine.spread import SpreadLoss, loss_at
 
 DEMO = Path(__file__).parent / "demo"  # the bundled demonstration checkpoint
 BLOCK_SIZE = 16  # tokens of one KV block
+FEW_PREFILL_TOKENS, MANY_PREFILL_TOKENS = 192, 512  # a step, unless set
 
 
 _log = logging.getLogger("motserve")
@@ -210,9 +211,19 @@ def build_engine(
         kernels.measure_rows(projection.weight, projection.bias)
     if kernels is not None and config.is_grouped:
         kernels.measure(model.banks[0])
-    max_groups = settings.max_groups or (measure_balance(model.banks[0], kernels=kernels) if config.is_grouped else 1)
-    policy = GroupingPolicy(config.group_size, settings.position_window, max_groups, loss)
+    balance = measure_balance(model.banks[0], kernels=kernels) if config.is_grouped else 1
+    policy = GroupingPolicy(config.group_size, settings.position_window, settings.max_groups or balance, loss)
     swap_blocks = settings.swap_memory // block_bytes
     cohort = config.group_size if config.is_grouped else 1  # those who do not mix need not wait for each other
-    limits = SchedulerLimits(settings.max_concurrent, settings.prefill_tokens, swap_blocks, cohort)
+    public, private = _prefill_tokens(settings, balance * cohort)
+    limits = SchedulerLimits(settings.max_concurrent, public, swap_blocks, cohort, private)
     return Engine(runner, policy, limits, tokenizer, blocks=blocks, align_wait=settings.max_align_wait / 1000)
+
+
+def _prefill_tokens(settings: Settings, balanced: int) -> tuple[int, int]:
+    """Of public and of private prompts, a step. As many public ones as ``balanced``, which a step has room for while
+    it reads the weights, within bounds; private ones, which share nothing, and those of other models few, so that
+    nobody waits long for his next token."""
+    if settings.prefill_tokens is not None:
+        return settings.prefill_tokens, settings.prefill_tokens
+    return min(max(balanced, FEW_PREFILL_TOKENS), MANY_PREFILL_TOKENS), FEW_PREFILL_TOKENS

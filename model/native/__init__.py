@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import Projection
+from model.memory import Workspace
 from model.mixing import ACTIVATION_FUNCTIONS, Activation, ExpertBank
 from model.native.compiler import NativeUnavailable as NativeUnavailable
 from model.native.compiler import build
@@ -60,7 +61,7 @@ class _PrivateLayer(ctypes.Structure):
                 "scale1", "scale2", "out", "entropy", "used",
             )
         ),
-        ("groups", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("groups", "experts_apart", "groups_apart")),
         ("mixes", ctypes.c_void_p),
         ("outputs", ctypes.c_void_p),
     ]  # fmt: skip
@@ -82,7 +83,7 @@ class Kernels:
         self._few_groups, self._few_rows = _FEW_GROUPS, _FEW_ROWS
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         self._linear = _function(loaded, "motserve_linear", [pointer] * 5 + [wide] * 3 + [number] * 3)
-        self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 4 + [number] * 2)
+        self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 6 + [number] * 2)
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
         self._routed = _function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
         self._keep = _function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
@@ -194,15 +195,15 @@ class Kernels:
         self._activate(x.data_ptr(), x.numel(), activation_kind(activation))
         return x
 
-    def bank(self, mixes: Tensor, bank: ExpertBank) -> Tensor:
-        """``mixes [E, n, D]`` through their experts: float32 ``[E, n, D]``, as ``ExpertBank.experts`` does."""
-        mixes = mixes.float().contiguous()
+    def bank(self, mixes: Tensor, bank: ExpertBank, workspace: Workspace | None = None) -> Tensor:
+        """``mixes [E, n, D]`` through their experts: float32 ``[E, n, D]``, as ``ExpertBank.experts`` does, laid out as
+        ``mixes`` is and, with a ``workspace``, there."""
+        mixes, out = _alike(mixes, workspace)
         experts, rows, width = mixes.shape
         lin1, lin2, scale1, scale2 = _experts(bank)
         assert bank.lin1.shape[:2] == (experts, width)
-        out = torch.empty_like(mixes)
         self._bank(
-            mixes.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(),
+            mixes.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(), *mixes.stride()[:2],
             experts, rows, width, bank.lin1.shape[2], activation_kind(bank.activation), self._weights(bank),
         )  # fmt: skip
         return out
@@ -210,14 +211,14 @@ class Kernels:
     def private_layer(
         self, x: Tensor, bank: ExpertBank, crowd: tuple[Tensor, Tensor] | None, *, rivals: int, positions: Tensor,
         temperatures: Tensor, skip_below: Tensor, live: Tensor, entropy: Tensor, used: Tensor, mixes: Tensor,
+        workspace: Workspace | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One MoT or (``gated``) Expert Choice layer for private rows ``x [n, D]``; ``groups.PrivateRows`` is its plain
         twin. ``crowd``: one layer's ``[P, G, D]`` and float32 scores ``[P, E, G]``; a row at temperature 0 must beat
         those at places 1 to ``rivals``. Adds to ``entropy`` and ``used [n]``; float32 ``[n, D]``. Beside them ``bank``
         for ``mixes [E, groups, D]``, groups may be 0, while the weights are at hand."""
         x = x.float().contiguous()
-        mixes = mixes.float().contiguous()
-        outputs = torch.empty_like(mixes)
+        mixes, outputs = _alike(mixes, workspace)
         own = self.linear(x, bank.controller, None, exact=True)
         if bank.gated:
             own = torch.softmax(own, 1)  # row by row
@@ -235,7 +236,8 @@ class Kernels:
             positions=positions.data_ptr(), temperatures=temperatures.data_ptr(), skip_below=skip_below.data_ptr(),
             live=live.data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2, out=out.data_ptr(),
             entropy=entropy.data_ptr(), used=used.data_ptr(),
-            groups=mixes.shape[1], mixes=mixes.data_ptr(), outputs=outputs.data_ptr(),
+            groups=mixes.shape[1], experts_apart=mixes.stride(0), groups_apart=mixes.stride(1),
+            mixes=mixes.data_ptr(), outputs=outputs.data_ptr(),
         )  # fmt: skip
         self._private(ctypes.byref(layer))
         return out, outputs
@@ -358,6 +360,16 @@ def measurable_part(bank: ExpertBank) -> ExpertBank:
     """As many experts as tell the time of all of them by their share."""
     one = (bank.lin1[0].numel() + bank.lin2[0].numel()) * bank.lin1.element_size()
     return bank.part(min(bank.lin1.shape[0], -(-_MEASURED_BYTES // one)))
+
+
+def _alike(mixes: Tensor, workspace: Workspace | None) -> tuple[Tensor, Tensor]:
+    """``mixes [E, n, D]`` in float32, rows or groups one after the other, and room for as much in the same order."""
+    experts, groups, width = mixes.shape
+    by_group = mixes.stride() == (width, experts * width, 1)
+    mixes = mixes.float() if by_group or mixes.is_contiguous() else mixes.float().contiguous()
+    shape = (groups, experts, width) if by_group else (experts, groups, width)
+    room = torch.empty(shape) if workspace is None else workspace.take("outputs", shape)
+    return mixes, room.transpose(0, 1) if by_group else room
 
 
 def _experts(bank: ExpertBank) -> tuple[int, int, int | None, int | None]:

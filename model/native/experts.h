@@ -88,16 +88,20 @@ void with_experts(const void* lin1, const void* lin2, const float* scale1, const
     else typed(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
 }
 
+// Rows of every expert [E, n, D], experts and rows so many floats apart.
+struct Layout {
+    long experts, rows;
+};
+
 template <class W>
-void bank(const Experts<W>& experts, const float* mixes, float* out, long E, long n) {
-    const long D = experts.D;
+void bank(const Experts<W>& experts, const float* mixes, float* out, Layout apart, long E, long n) {
 #pragma omp parallel
     {
         Scratch scratch(experts.tiles);
 #pragma omp for schedule(dynamic, 4)
         for (long e = 0; e < E; ++e) {
-            const auto from = row_pointers(mixes + e * n * D, n, D);
-            const auto to = row_pointers(out + e * n * D, n, D);
+            const auto from = row_pointers(mixes + e * apart.experts, n, apart.rows);
+            const auto to = row_pointers(out + e * apart.experts, n, apart.rows);
             experts.run(e, from.data(), to.data(), n, scratch);
         }
     }

@@ -54,9 +54,10 @@ int32_t motserve_tiles() {
 }
 
 void motserve_bank(const float* mixes, const void* lin1, const void* lin2, const float* scale1, const float* scale2,
-                   float* out, int64_t E, int64_t n, int64_t D, int64_t S, int32_t activation, int32_t weights) {
+                   float* out, int64_t experts_apart, int64_t rows_apart, int64_t E, int64_t n, int64_t D, int64_t S,
+                   int32_t activation, int32_t weights) {
     with_experts(lin1, lin2, scale1, scale2, D, S, activation, weights,
-                 [&](const auto& experts) { bank(experts, mixes, out, E, n); });
+                 [&](const auto& experts) { bank(experts, mixes, out, {experts_apart, rows_apart}, E, n); });
 }
 
 void motserve_private_layer(const PrivateLayer* layer) {

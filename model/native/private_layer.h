@@ -35,8 +35,9 @@ struct PrivateLayer {
     int64_t* used;    // [n], added to
     // Shared groups that pass through the same experts, so that weights are read once for both.
     int64_t groups;      // may be 0
+    int64_t experts_apart, groups_apart;
     const float* mixes;  // [E, groups, D]
-    float* outputs;      // [E, groups, D]
+    float* outputs;      // the same
 };
 }
 
@@ -156,8 +157,8 @@ void private_layer(const PrivateLayer& l) {
         std::vector<float> mixes;
 #pragma omp for schedule(dynamic, 1)
         for (long e = 0; e < l.E; ++e) {
-            const auto group_mixes = row_pointers(l.mixes + e * l.groups * l.D, l.groups, l.D);
-            const auto group_outputs = row_pointers(l.outputs + e * l.groups * l.D, l.groups, l.D);
+            const auto group_mixes = row_pointers(l.mixes + e * l.experts_apart, l.groups, l.groups_apart);
+            const auto group_outputs = row_pointers(l.outputs + e * l.experts_apart, l.groups, l.groups_apart);
             experts.run(e, group_mixes.data(), group_outputs.data(), l.groups, scratch);
             const long count = first[e + 1] - first[e];
             mixes.resize(count * l.D);

@@ -8,13 +8,19 @@ import torch
 
 from model.config import ModelConfig
 from model.groups import Fill, PrivateRows, SharedGroups
+from model.memory import Workspace
 from model.native import Kernels
 from server.engine.batch import Batch
 from server.engine.plan import Group
 
 
 def shared_groups(
-    config: ModelConfig, fill: Fill, batch: Batch, groups: Many[Group], kernels: Kernels | None = None
+    config: ModelConfig,
+    fill: Fill,
+    batch: Batch,
+    groups: Many[Group],
+    kernels: Kernels | None = None,
+    workspace: Workspace | None = None,
 ) -> SharedGroups | None:
     """``groups`` of the batch's rows; None without any."""
     if not groups:
@@ -29,6 +35,7 @@ def shared_groups(
         positions=batch.numbers([group.position for group in groups]),
         largest=largest,
         kernels=kernels,
+        workspace=workspace,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.groups import Fill, PrivateRows, SharedGroups
 from model.kv_cache import PagedAttention, PagedKVCache, SingleRows
+from model.memory import Workspace
 from model.mixing import ExpertBank
 from model.native import Kernels, NativeArithmetic
 from model.token_choice import TokenChoice
@@ -23,6 +24,7 @@ class NativePass:
     def __init__(self, model: Transformer, fill: Fill, cache: PagedKVCache, tallies: Tallies, kernels: Kernels) -> None:
         self._model, self._fill, self._cache, self._tallies = model, fill, cache, tallies
         self._config, self._kernels = model.config, kernels
+        self._workspace = Workspace()
 
     def __call__(self, plan: Plan, groups: tuple[Group, ...]) -> tuple[Wanted, Tensor]:
         """Public rows first. Public prompts attend together, all other rows one by one."""
@@ -41,11 +43,11 @@ class NativePass:
         segments = batch.prompt_segments(prompts)
         attention = PagedAttention(self._cache, self._config, batch.slots(), segments, single, kernels)
         public = sum(chunk.length for chunk in plan.public)
-        shared = shared_groups(self._config, self._fill, batch, groups, kernels)
+        shared = shared_groups(self._config, self._fill, batch, groups, kernels, self._workspace)
         private = private_rows(self._config, self._fill, self._batch(plan.private), kernels=kernels)
         mix: Mix = TokenChoice(kernels)
         if self._config.is_grouped:
-            mix = _Both(public, shared, private, kernels)
+            mix = _Both(public, shared, private, kernels, self._workspace)
         arithmetic = NativeArithmetic(kernels, shared=public)
         hidden = self._model(batch.ids(), batch.positions(), attention, mix, arithmetic)
         if shared is not None:
@@ -71,6 +73,7 @@ class _Both:
     shared: SharedGroups | None
     private: PrivateRows | None
     kernels: Kernels
+    workspace: Workspace
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         public, private = x[: self.public], x[self.public :]
@@ -80,7 +83,7 @@ class _Both:
             return self.private(layer, bank, private)
         mixes, emit = self.shared.mix(layer, bank, public)
         together = self.kernels.prefers(mixes.shape[1], bank)
-        own, outputs = self.private.beside(layer, bank, private, mixes if together else mixes[:, :0])
+        own, outputs = self.private.beside(layer, bank, private, mixes if together else mixes[:, :0], self.workspace)
         if not together:
             outputs = bank.experts(mixes.to(bank.controller.dtype))
         return torch.cat((self.shared.redistribute(outputs, emit, public), own))

@@ -33,6 +33,7 @@ class SchedulerLimits:
     # Public prompts at one position advance together, at most so many: as many as mix. More would only wait longer for
     # their first tokens.
     cohort: int = 2**31
+    private_prefill_tokens: int | None = None  # of private prompts among them; None: all may be
 
 
 @dataclass
@@ -100,15 +101,16 @@ class Scheduler:
         public = [chunk for chunk in decoding if not chunk.sequence.private]
         private = [chunk for chunk in decoding if chunk.sequence.private]
         budget = self.limits.prefill_tokens
+        private_budget = self.limits.private_prefill_tokens or budget
         prompts = [s for s in self._running if s.prefilling]
         if prompts and prompts[0].private:  # the oldest goes first, whichever kind it is
-            private_chunks = list(_private_chunks(prompts, budget))
+            private_chunks = list(_private_chunks(prompts, min(budget, private_budget)))
             budget -= sum(chunk.length for chunk in private_chunks)
             public_chunks = list(_public_chunks(prompts, budget, self.limits.cohort))
         else:
             public_chunks = list(_public_chunks(prompts, budget, self.limits.cohort))
             budget -= sum(chunk.length for chunk in public_chunks)
-            private_chunks = list(_private_chunks(prompts, budget))
+            private_chunks = list(_private_chunks(prompts, min(budget, private_budget)))
         public += public_chunks
         public.sort(key=lambda chunk: chunk.sequence.arrival)
         plan = Plan(

@@ -74,3 +74,19 @@ def test_groups_are_weighed_by_what_distance_costs_the_checkpoint(tmp_path: Path
 def test_the_bundled_checkpoint_knows_what_distance_costs() -> None:
     engine = load(read_settings({"kv_cache_memory": "16MiB", "log_level": "error"}, None)).engine.direct
     assert engine.grouping.loss.name == "own"
+
+
+@pytest.mark.parametrize(
+    ("asked", "balance", "found"),
+    [(None, 1, (192, 192)), (None, 40, (320, 192)), (None, 256, (512, 192)), (64, 40, (64, 64)), (999, 1, (999, 999))],
+)
+def test_prompt_tokens_a_step(
+    asked: int | None, balance: int, found: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many public ones as fill, in groups of 8, what the machine has room for while it reads the experts."""
+    monkeypatch.setattr("server.loading.measure_balance", lambda *_, **__: balance)
+    flags = {"log_level": "error"} if asked is None else {"log_level": "error", "prefill_tokens": asked}
+    loaded = load(read_settings(flags, None))
+    limits = loaded.engine.direct.scheduler.limits
+    assert loaded.engine.info.group_size == 8
+    assert (limits.prefill_tokens, limits.private_prefill_tokens) == found

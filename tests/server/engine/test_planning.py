@@ -15,7 +15,7 @@ from server.engine.block_manager import BlockManager
 from server.engine.detokenizer import Detokenizer
 from server.engine.grouping import GroupingPolicy
 from server.engine.plan import Chunk, Plan
-from server.engine.request import EngineRequest, SamplingParams, Sequence
+from server.engine.request import EngineRequest, Privacy, SamplingParams, Sequence
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler, SchedulerLimits
 
@@ -156,3 +156,20 @@ def test_prompts_advance_together_only_with_those_they_mix_with() -> None:
     assert steps == [
         [("a", 0, 8), ("b", 0, 8)], [("a", 8, 8), ("b", 8, 8)], [("c", 0, 8), ("d", 0, 8)], [("c", 8, 8), ("d", 8, 8)],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["private", "public"])
+def test_private_prompts_take_at_most_their_share_of_a_step(first: str) -> None:
+    """Whoever came first; what they leave is for public ones, but not the other way round."""
+    limits = SchedulerLimits(8, prefill_tokens=256, private_prefill_tokens=64)
+    scheduler = Scheduler(BlockManager(200, 4), limits)
+    for name in (first, "public" if first == "private" else "private"):
+        privacy = Privacy(1.0, 0.0) if name == "private" else None
+        prompts = ((1,) * 200,) * 2 if name == "private" else ((1,) * 320,)
+        scheduler.add(EngineRequest(name, prompts, SamplingParams(max_tokens=1), privacy=privacy))
+    steps = []
+    for _ in range(3):
+        plan = scheduler.schedule()
+        steps.append(tuple(sum(chunk.length for chunk in kind) for kind in (plan.private, plan.public)))
+        scheduler.advance(plan)
+    assert steps == ([(64, 192), (64, 128), (64, 0)] if first == "private" else [(0, 256), (64, 64), (64, 0)])
