@@ -87,11 +87,11 @@ class TileRows {
     }
     void pack_tiles(const float* const* in, long K, long t, bool turned) {
         alignas(64) uint32_t pairs[TILE];
-        for (long i = 0; i < TILE; ++i) {
-            const long r = t * TILE + i;
+        for (long i = 0; i < std::min(TILE, count - t * TILE); ++i) {
+            const float* from = in[t * TILE + i];
             uint32_t* tile = to_ + t * steps * TILE_WORDS;
             for (long s = 0; s < steps; ++s, tile += TILE_WORDS) {
-                const __m512i row = r < count ? rounded(in[r] + s * TERMS, K - s * TERMS) : __m512i();
+                const __m512i row = rounded(from + s * TERMS, K - s * TERMS);
                 if (!turned) {
                     _mm512_store_si512(tile + i * TILE, row);
                     continue;

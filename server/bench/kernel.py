@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.groups import PrivateRows
-from model.memory import move_to_large_pages
+from model.memory import Workspace, move_to_large_pages
 from model.mixing import ExpertBank
 from model.native import Kernels
 from model.transformer import Transformer
@@ -100,10 +100,10 @@ class KernelBench:
         plain = taken = self._time(lambda: self._banks[self._next()].experts(cast))
         fractions = least = self._fractions(plain, read, operations)
         if self._kernels is not None and self._kernels.prefers(count, self._arranged[0]):
-            kernels = self._kernels
+            kernels, workspace = self._kernels, Workspace()
 
             def native() -> Tensor:
-                return kernels.bank(mixes, self._arranged[self._next()])
+                return kernels.bank(mixes, self._arranged[self._next()], workspace)
 
             taken = self._time(native)
             fractions = self._fractions(taken, read, operations)
