@@ -91,12 +91,14 @@ inline void linear_in_tiles(const float* x, const bf16* weight, const Added<bf16
 #pragma omp parallel if (rows * K * N > SERIAL)
     {
         const TilesInUse tiles;
+        TileMemory memory;
+        uint32_t* copy = by_output ? memory.words(4 * packed.steps * TILE_WORDS) : nullptr;
 #pragma omp for schedule(static)
         for (long t = 0; t < packed.tiles; ++t) packed.pack_tiles(from.data(), K, t, by_output);
 #pragma omp for schedule(static)
         for (long s = 0; s < stripes; ++s) {
             const long begin = s * stripe, end = std::min(N, begin + stripe);
-            if (by_output) tile_dots(packed, weight, K, N, begin, end, to.data());
+            if (by_output) tile_dots(packed, weight, K, N, begin, end, copy, to.data());
             else tiled_products(packed, weight, begin, end, to.data());
             added.to(to, N, begin, end);
         }

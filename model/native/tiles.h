@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 #include "pairs.h"
 
@@ -24,6 +25,8 @@ namespace {
 constexpr long TILE = 16;         // rows, columns, and pairs of terms
 constexpr long TERMS = 2 * TILE;  // terms
 constexpr long TILE_WORDS = TILE * TILE;
+typedef std::bool_constant<true> Yes;
+typedef std::bool_constant<false> No;
 
 // Linux lends tiles to processes that ask (ARCH_REQ_XCOMP_PERM for XTILEDATA).
 inline bool tiles_here() {
@@ -113,24 +116,24 @@ class TileRows {
     }
 };
 
-// Two tiles of 16 and, with both, two more below them, over all steps: sums [4, 16, 16]. At each step so many cache
-// lines are fetched of what comes next.
-template <bool both, long lines>
-inline void tile_sums(const uint32_t* a, long a_row, long a_step, long a_stride, const uint32_t* b, long b_column,
-                      long b_step, long steps, const char* next, float* sums) {
+// Two tiles of 16 and, with both, two more below them, over all steps: sums [4, 16, 16]. What else is to be done
+// meanwhile, at each step.
+template <bool both, class Meanwhile>
+inline void tile_sums(const uint32_t* a, long a_row, long a_step, const uint32_t* b, long b_column, long b_step,
+                      long steps, float* sums, const Meanwhile& meanwhile) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (long s = 0; s < steps; ++s, next += lines * 64) {
-        for (long i = 0; i < lines; ++i) __builtin_prefetch(next + i * 64, 0, 2);
-        _tile_loadd(4, a + s * a_step, a_stride);
+    for (long s = 0; s < steps; ++s) {
+        meanwhile(s);
+        _tile_loadd(4, a + s * a_step, 64);
         _tile_loadd(6, b + s * b_step, 64);
         _tile_loadd(7, b + b_column + s * b_step, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (both) {
-            _tile_loadd(5, a + a_row + s * a_step, a_stride);
+            _tile_loadd(5, a + a_row + s * a_step, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -143,9 +146,23 @@ inline void tile_sums(const uint32_t* a, long a_row, long a_step, long a_stride,
     }
 }
 
-constexpr long TILES_AT_ONCE = 16;      // of rows, whose pairs stay in a cache while all columns pass
-constexpr long TILE_LINES = 2 * TILE;   // of the two tiles of a step
-constexpr long TILES_AHEAD = 1024;      // bytes: how far ahead weights in tiles are fetched, the best of those tried
+struct Nothing {
+    void operator()(long) const {}
+};
+
+constexpr long TILES_AHEAD = 1024;  // bytes that weights are fetched ahead, the best of those tried
+
+// Fetches weights in tiles, two tiles a step.
+struct FetchTiles {
+    const uint32_t* at;
+
+    void operator()(long s) const {
+        const char* next = reinterpret_cast<const char*>(at + s * 2 * TILE_WORDS) + TILES_AHEAD;
+        for (long i = 0; i < 2 * TILE; ++i) __builtin_prefetch(next + i * 64, 0, 2);
+    }
+};
+
+constexpr long TILES_AT_ONCE = 16;  // of rows, whose pairs stay in a cache while all columns pass
 
 // Rows by columns [begin, end), multiples of 32, of weights [K, N] that lie in tiles (model/tiles.py): [N / 32, steps,
 // 2 tiles, 16 pairs of terms, 16 columns].
@@ -155,13 +172,13 @@ inline void tiled_products(const TileRows& rows, const bf16* weights, long begin
     for (long first = 0; first < rows.tiles; first += TILES_AT_ONCE)
         for (long j = begin; j < end; j += 2 * TILE) {
             const uint32_t* b = reinterpret_cast<const uint32_t*>(weights) + j / TILE * size;
-            const char* next = reinterpret_cast<const char*>(b) + TILES_AHEAD;
             for (long t = first; t < std::min(rows.tiles, first + TILES_AT_ONCE); t += 2) {
-                const uint32_t* a = rows.words + t * size;
-                const bool both = t + 1 < rows.tiles;
-                const auto sum = t > first ? (both ? tile_sums<true, 0> : tile_sums<false, 0>)
-                                           : (both ? tile_sums<true, TILE_LINES> : tile_sums<false, TILE_LINES>);
-                sum(a, size, TILE_WORDS, 64, b, TILE_WORDS, 2 * TILE_WORDS, steps, next, sums);
+                const auto add_up = [&](auto both, const auto& meanwhile) {
+                    tile_sums<both.value>(rows.words + t * size, size, TILE_WORDS, b, TILE_WORDS, 2 * TILE_WORDS, steps,
+                                          sums, meanwhile);
+                };
+                if (t == first) t + 1 < rows.tiles ? add_up(Yes(), FetchTiles{b}) : add_up(No(), FetchTiles{b});
+                else t + 1 < rows.tiles ? add_up(Yes(), Nothing()) : add_up(No(), Nothing());
                 for (long r = t * TILE; r < std::min(rows.count, (t + 2) * TILE); ++r) {
                     const float* at = sums + (r - t * TILE) / TILE * 2 * TILE_WORDS + r % TILE * TILE;
                     _mm512_storeu_ps(c[r] + j, _mm512_load_ps(at));
@@ -171,28 +188,54 @@ inline void tiled_products(const TileRows& rows, const bf16* weights, long begin
         }
 }
 
+// Copies 32 rows of weights [.., K], one run of memory, to tiles [steps, 2, 16 rows, 16 pairs], some rows a step.
+struct CopyRows {
+    const bf16* from;
+    long K;
+    uint32_t* to;
+
+    void operator()(long s) const {
+        const long steps = K / TERMS, rows = 2 * TILE;
+        for (long r = s * rows / steps; r < (s + 1) * rows / steps; ++r) {
+            uint32_t* row = to + r / TILE * TILE_WORDS + r % TILE * TILE;
+            for (long k = 0; k < K; k += TERMS, row += 2 * TILE_WORDS) {
+                __builtin_prefetch(from + r * K + k + TILES_AHEAD / 2, 0, 2);
+                _mm512_store_si512(row, _mm512_loadu_si512(from + r * K + k));
+            }
+        }
+    }
+};
+
+// Columns of a tile but for the first few, as rows.
+inline void store_turned(const float* tile, long columns, long skipped, float* const* c, long at) {
+    const __m512i places = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    for (long r = 0; r < columns; ++r)
+        _mm512_mask_storeu_ps(c[r] + at, 0xffff << skipped, _mm512_i32gather_ps(places, tile + r, 4));
+}
+
 // Rows, packed and turned round, by rows [begin, end) of weights [N, K], K a multiple of 32 and N no less: columns of c.
-// The last few, fewer than 32, are computed together with their neighbours.
-inline void tile_dots(const TileRows& rows, const bf16* weights, long K, long N, long begin, long end,
+// The last few, fewer than 32, are computed together with their neighbours. copy: room for 64 rows of weights: while 32
+// are multiplied, the next ones come.
+inline void tile_dots(const TileRows& rows, const bf16* weights, long K, long N, long begin, long end, uint32_t* copy,
                       float* const* c) {
     alignas(64) float sums[4 * TILE_WORDS];
-    const long size = rows.steps * TILE_WORDS, words = K / 2;
-    const auto* b = reinterpret_cast<const uint32_t*>(weights);
-    for (long j = begin; j < end; j += 2 * TILE) {
-        const long from = std::min(j, N - 2 * TILE), known = j - from;
-        // The 32 rows of weights that follow, a share at each step of the first tiles of rows.
-        const auto* next = reinterpret_cast<const char*>(b + (from + 2 * TILE) * words);
+    const long steps = rows.steps, size = steps * TILE_WORDS;
+    const auto place = [&](long j) { return std::min(j, N - 2 * TILE); };
+    for (long s = 0; s < steps; ++s) CopyRows{weights + place(begin) * K, K, copy}(s);
+    for (long j = begin, half = 0; j < end; j += 2 * TILE, half = 1 - half) {
+        const uint32_t* a = copy + half * 2 * size;
+        const CopyRows following{weights + place(std::min(j + 2 * TILE, end)) * K, K, copy + (1 - half) * 2 * size};
         for (long t = 0; t < rows.tiles; t += 2) {
+            const uint32_t* b = rows.words + t * size;
             // One tile of rows twice where there is no second: its sums are not used.
             const long below = t + 1 < rows.tiles ? size : 0;
-            (t == 0 ? tile_sums<true, TILE_LINES> : tile_sums<true, 0>)(
-                b + from * words, TILE * words, TILE, K * 2, rows.words + t * size, below, TILE_WORDS, rows.steps,
-                next, sums);
-            for (long r = t * TILE; r < std::min(rows.count, (t + 2) * TILE); ++r) {
-                const float* at = sums + (r - t * TILE) / TILE * TILE_WORDS + r % TILE;
-                float* to = c[r] + from;
-                for (long i = known; i < TILE; ++i) to[i] = at[i * TILE];
-                for (long i = std::max(0L, known - TILE); i < TILE; ++i) to[TILE + i] = at[2 * TILE_WORDS + i * TILE];
+            if (t == 0) tile_sums<true>(a, TILE_WORDS, 2 * TILE_WORDS, b, below, TILE_WORDS, steps, sums, following);
+            else tile_sums<true>(a, TILE_WORDS, 2 * TILE_WORDS, b, below, TILE_WORDS, steps, sums, Nothing());
+            for (long part = 0; part < 4; ++part) {
+                const long first = (t + part % 2) * TILE, skipped = std::max(0L, j - place(j) - part / 2 * TILE);
+                if (first < rows.count && skipped < TILE)
+                    store_turned(sums + part * TILE_WORDS, std::min(TILE, rows.count - first), skipped, c + first,
+                                 place(j) + part / 2 * TILE);
             }
         }
     }
