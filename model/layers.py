@@ -39,6 +39,12 @@ class Projection(nn.Module):
             tiles.put_in_tiles(self.weight)
             self.in_tiles = True
 
+    def put_in_order(self) -> None:
+        """Undo ``put_in_tiles``."""
+        if self.in_tiles:
+            self.weight.data = tiles.from_tiles(self.weight.data)
+            self.in_tiles = False
+
 
 class Arithmetic(Protocol):
     """The operations of one pass, apart from attention and mixing. Results have the type of ``x``, but for the head's.

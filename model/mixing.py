@@ -122,6 +122,11 @@ class ExpertBank(nn.Module):
             self.lin1.data, self.lin2.data = tiles.side_by_side(self.lin1, self.lin2)
             self.in_tiles = True
 
+    def put_in_order(self) -> None:
+        """Undo ``put_in_tiles``."""
+        self.lin1.data, self.lin2.data = self._in_order(self.lin1.data), self._in_order(self.lin2.data)
+        self.in_tiles = False
+
     def _in_order(self, weight: Tensor) -> Tensor:
         return tiles.from_tiles(weight) if self.in_tiles else weight
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.mixing import WholeSequences
+from model.layers import Projection
+from model.mixing import ExpertBank, WholeSequences
 from model.native import computes_in_bfloat16
 from model.transformer import Transformer
 
@@ -62,7 +63,11 @@ def plain_rates(
 ) -> Iterator[dict[str, object]]:
     """The loop in each native type, for each number of requests of which ``engine`` says the decode tokens a second."""
     for dtype in native_types(model.device):
-        plain = copy.deepcopy(model).to(dtype)
+        plain = copy.deepcopy(model)
+        for module in plain.modules():
+            if isinstance(module, (Projection, ExpertBank)):
+                module.put_in_order()
+        plain.to(dtype)
         for count, rate in engine.items():
             slow = plain_rate(plain, count, prompt_tokens, output_tokens, repeats)
             yield {

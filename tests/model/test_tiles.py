@@ -57,6 +57,11 @@ def test_plain_forms_compute_with_weights_in_tiles(width: int, size: int, fits: 
         for found, plain in zip(bank.expert(expert), before[0].expert(expert), strict=True):
             assert torch.equal(found, plain)
     assert torch.equal(projection(x), before[1](x))
+    for _ in range(2):
+        bank.put_in_order(), projection.put_in_order()
+        assert not bank.in_tiles and not projection.in_tiles
+        assert torch.equal(bank.lin1, before[0].lin1) and torch.equal(bank.lin2, before[0].lin2)
+        assert torch.equal(projection.weight, before[1].weight)
 
 
 def test_only_bfloat16_is_put_in_tiles() -> None:
