@@ -90,15 +90,24 @@ class SharedGroups:
         members, scores = self._gather(layer, bank, live)
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
-        merge, emit = mixing_weights(
-            scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated
-        )
+        merge, emit = self._weights(bank, scores)
         weights, room = merge.transpose(1, 2).to(members.dtype), None
         if self._workspace is not None and members.dtype is torch.float32:
             room = self._workspace.take("mixes", (*weights.shape[:2], members.shape[2]))
         mixes = torch.bmm(weights, members, out=room).transpose(0, 1)  # [E, n, D]
-        self.entropy += mixing_entropy(merge)
         return mixes, torch.nan_to_num(emit) if self._empty is not None else emit
+
+    def _weights(self, bank: ExpertBank, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that mix and those that redistribute ``[n, G, E]``; may overwrite ``scores``."""
+        plain = not (bank.over_experts or bank.discrete or bank.gated) and self._temperature > 0
+        if plain and self._kernels is not None:
+            merge = self._kernels.mix_weights(scores, self._temperature, self.entropy)
+            return merge, merge
+        merge, emit = mixing_weights(
+            scores, self._temperature, over_experts=bank.over_experts, discrete=bank.discrete, gated=bank.gated
+        )
+        self.entropy += mixing_entropy(merge)
+        return merge, emit
 
     def redistribute(self, outputs: Tensor, emit: Tensor, x: Tensor) -> Tensor:
         """The experts' answers ``[E, n, D]`` back to the rows of ``x``."""

@@ -84,6 +84,9 @@ class Kernels:
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         self._linear = _function(loaded, "motserve_linear", [pointer] * 5 + [wide] * 3 + [number] * 3)
         self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 6 + [number] * 2)
+        self._mix_weights = _function(
+            loaded, "motserve_mix_weights", [pointer] + [wide] * 3 + [ctypes.c_float, pointer]
+        )
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
         self._routed = _function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
         self._keep = _function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
@@ -194,6 +197,13 @@ class Kernels:
         """In place on float32 ``x``."""
         self._activate(x.data_ptr(), x.numel(), activation_kind(activation))
         return x
+
+    def mix_weights(self, scores: Tensor, temperature: float, entropy: Tensor) -> Tensor:
+        """``scores [n, G, E]`` (float32) to the weights that mix, in place; as ``mixing_weights`` of MoT above
+        temperature 0. Adds to ``entropy [n]`` as ``mixing_entropy``."""
+        assert scores.is_contiguous() and scores.dtype is entropy.dtype is torch.float32 and temperature > 0
+        self._mix_weights(scores.data_ptr(), *scores.shape, temperature, entropy.data_ptr())
+        return scores
 
     def bank(self, mixes: Tensor, bank: ExpertBank, workspace: Workspace | None = None) -> Tensor:
         """``mixes [E, n, D]`` through their experts: float32 ``[E, n, D]``, as ``ExpertBank.experts`` does, laid out as

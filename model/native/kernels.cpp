@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "mixing.h"
 #include "normalization.h"
 #include "private_layer.h"
 #include "sampling.h"
@@ -58,6 +59,10 @@ void motserve_bank(const float* mixes, const void* lin1, const void* lin2, const
                    int32_t activation, int32_t weights) {
     with_experts(lin1, lin2, scale1, scale2, D, S, activation, weights,
                  [&](const auto& experts) { bank(experts, mixes, out, {experts_apart, rows_apart}, E, n); });
+}
+
+void motserve_mix_weights(float* scores, int64_t n, int64_t G, int64_t E, float T, float* entropy) {
+    mix_weights(scores, n, G, E, T, entropy);
 }
 
 void motserve_private_layer(const PrivateLayer* layer) {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.groups import Fill, PrivateRows, SharedGroups
-from model.mixing import ExpertBank
+from model.mixing import ExpertBank, mixing_entropy, mixing_weights
 from model.native import Kernels
 from model.reference import ReferenceCrowd
 from model.token_choice import TokenChoice
@@ -137,6 +137,25 @@ def test_private_layer(
     assert used.tolist() == plain.experts_used.tolist()
     live = about["live"]
     torch.testing.assert_close(entropy[live], plain.entropy[live], atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    groups=st.integers(1, 5), size=st.integers(1, 9), experts=st.integers(1, 70), seed=st.integers(0, 100),
+    temperature=st.sampled_from([1e-3, 0.1, 1.0, 7.0]), empty=st.booleans(),
+)  # fmt: skip
+def test_mix_weights(
+    variant: Kernels, groups: int, size: int, experts: int, temperature: float, empty: bool, seed: int
+) -> None:
+    scores = random_of(groups, size, experts, seed=seed)
+    if empty:
+        scores[0, 1:] = float("-inf")  # places that nobody takes
+    wanted, _ = mixing_weights(scores, temperature, over_experts=False, discrete=False)
+    entropy = torch.ones(groups)
+    found = variant.mix_weights(scores, temperature, entropy)
+    assert found is scores
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # at 1e-3 scores count a thousandfold
+    torch.testing.assert_close(entropy - 1, mixing_entropy(wanted), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fill", ["reference", "none"])
