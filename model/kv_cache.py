@@ -37,6 +37,7 @@ class PagedKVCache:
             if device.type == "cpu"
             else torch.zeros(shape, dtype=dtype, device=device)
         )
+        self._layers = [(keys, values) for keys, values in self._data]
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store ``keys`` and ``values [n, heads, head_size]`` at ``slots [n]`` (block * block_size + offset)."""
@@ -52,7 +53,7 @@ class PagedKVCache:
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """One layer's keys and values: each ``[blocks, block_size, heads, head_size]``."""
-        return self._data[layer, 0], self._data[layer, 1]
+        return self._layers[layer]
 
     def zero(self, blocks: list[int]) -> None:
         """Forget what ``blocks`` hold."""
@@ -139,13 +140,14 @@ class PagedAttention:
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         rows = qkv.shape[0]
-        queries, keys, values = qkv.view(rows, 3, self._heads, self._size).unbind(1)
+        split = qkv.view(rows, 3, self._heads, self._size)
+        queries = split[:, 0]
         if self._kernels is not None:
             self._kernels.keep(qkv, self._slots, *self._cache.layer(layer))
         else:
-            self._cache.write(layer, self._slots, keys, values)
+            self._cache.write(layer, self._slots, split[:, 1], split[:, 2])
         if self._single is not None and self._only_single:
-            return self._alone(layer, queries, self._single).view(rows, -1).to(qkv.dtype)
+            return self._alone(layer, queries, self._single).view(rows, -1)
         out = torch.zeros_like(queries)
         for segment in self._segments:
             k, v = self._cache.read(layer, segment.tables, segment.context)
