@@ -82,6 +82,8 @@ class Evaluator:
         kernels: Kernels | None = None,
     ) -> None:
         self.model, self.config, self.fill, self._kernels = model, model.config, fill, kernels
+        if kernels is not None:
+            kernels.arrange(model)  # as it is served
         # Mixing is measured in full groups only: as many windows as fill them.
         full = windows.shape[0] - windows.shape[0] % (self.config.group_size if self.config.is_grouped else 1)
         if not full:

@@ -37,6 +37,7 @@ _TILES = 3
 _BY_INPUT, _BY_OUTPUT, _IN_TILES = range(3)  # as linear.h numbers them
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
+_PRIVATE_ROWS = 128  # at once: what is in between takes memory
 _FEW_ROWS = 64  # until measured: about level with torch in float32
 _TRIED_ROWS = (4, 8, 16, 32, 64, 128, 256)
 _MEASURED_BYTES = 2**26  # of experts: beyond caches, and quickly done with
@@ -63,7 +64,7 @@ class _PrivateLayer(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("groups", "experts_apart", "groups_apart")),
         ("mixes", ctypes.c_void_p),
-        ("outputs", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("outputs", "answers", "mixed")),
     ]  # fmt: skip
 
 
@@ -81,6 +82,7 @@ class Kernels:
         loaded = ctypes.CDLL(str(library))
         self._fast_bfloat16 = computes_in_bfloat16()
         self._few_groups, self._few_rows = _FEW_GROUPS, _FEW_ROWS
+        self._scratch = Workspace()
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
         self._linear = _function(loaded, "motserve_linear", [pointer] * 5 + [wide] * 3 + [number] * 3)
         self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 6 + [number] * 2)
@@ -236,20 +238,28 @@ class Kernels:
         members, scores = crowd if crowd is not None else (own, own)
         assert members.is_contiguous() and scores.is_contiguous() and scores.dtype is torch.float32
         lin1, lin2, scale1, scale2 = _experts(bank)
-        layer = _PrivateLayer(
-            n=x.shape[0], D=x.shape[1], E=bank.lin1.shape[0], S=bank.lin1.shape[2],
-            places=members.shape[0] if crowd is not None else 1,
-            members=members.shape[1] if crowd is not None else 0, rivals=rivals,
-            activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
-            gated=bank.gated, weights=self._weights(bank), half=_half(members),
-            x=x.data_ptr(), own=own.data_ptr(), crowd=members.data_ptr(), crowd_scores=scores.data_ptr(),
-            positions=positions.data_ptr(), temperatures=temperatures.data_ptr(), skip_below=skip_below.data_ptr(),
-            live=live.data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2, out=out.data_ptr(),
-            entropy=entropy.data_ptr(), used=used.data_ptr(),
-            groups=mixes.shape[1], experts_apart=mixes.stride(0), groups_apart=mixes.stride(1),
-            mixes=mixes.data_ptr(), outputs=outputs.data_ptr(),
-        )  # fmt: skip
-        self._private(ctypes.byref(layer))
+        rows, width = x.shape
+        for first in range(0, rows, _PRIVATE_ROWS):
+            part = slice(first, first + _PRIVATE_ROWS)
+            count = min(rows - first, _PRIVATE_ROWS)
+            room = (count * bank.lin1.shape[0], width)
+            layer = _PrivateLayer(
+                n=count, D=width, E=bank.lin1.shape[0], S=bank.lin1.shape[2],
+                places=members.shape[0] if crowd is not None else 1,
+                members=members.shape[1] if crowd is not None else 0, rivals=rivals,
+                activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
+                gated=bank.gated, weights=self._weights(bank), half=_half(members),
+                x=x[part].data_ptr(), own=own[part].data_ptr(), crowd=members.data_ptr(),
+                crowd_scores=scores.data_ptr(), positions=positions[part].data_ptr(),
+                temperatures=temperatures[part].data_ptr(), skip_below=skip_below[part].data_ptr(),
+                live=live[part].data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2,
+                out=out[part].data_ptr(), entropy=entropy[part].data_ptr(), used=used[part].data_ptr(),
+                groups=mixes.shape[1] if first == 0 else 0, experts_apart=mixes.stride(0),
+                groups_apart=mixes.stride(1), mixes=mixes.data_ptr(), outputs=outputs.data_ptr(),
+                answers=self._scratch.take("answers", room).data_ptr(),
+                mixed=self._scratch.take("mixed", room).data_ptr() if bank.in_tiles else None,
+            )  # fmt: skip
+            self._private(ctypes.byref(layer))
         return out, outputs
 
     def routed(self, x: Tensor, gates: Tensor, bank: ExpertBank) -> Tensor:

@@ -114,14 +114,14 @@ struct Pair {
 
 // Answers by their weights, added up: experts in ascending order for every row; threads share columns out, never one
 // sum. Zeros for a row without answers.
-inline void add_up(const std::vector<Pair>& pairs, const std::vector<float>& answers, float* out, long n, long D) {
+inline void add_up(const std::vector<Pair>& pairs, const float* answers, float* out, long n, long D) {
     std::fill(out, out + n * D, 0.0f);
 #pragma omp parallel for schedule(static)
     for (long d = 0; d < D; d += 64) {
         const long end = std::min(D, d + 64);
         for (size_t p = 0; p < pairs.size(); ++p) {
             float* to = out + pairs[p].row * D;
-            const float* answer = &answers[p * D];
+            const float* answer = answers + p * D;
             for (long i = d; i < end; ++i) to[i] = fused(pairs[p].emit, answer[i], to[i]);
         }
     }
@@ -153,7 +153,7 @@ void routed(const Experts<W>& experts, const float* x, const float* gates, float
             experts.run(e, from.data(), to.data(), count, scratch);
         }
     }
-    add_up(pairs, answers, out, n, D);
+    add_up(pairs, answers.data(), out, n, D);
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ struct PrivateLayer {
     int64_t experts_apart, groups_apart;
     const float* mixes;  // [E, groups, D]
     float* outputs;      // the same
+    float *answers, *mixed;  // room for [n * E, D] each, the latter only where experts are in tiles
 };
 }
 
@@ -123,6 +124,74 @@ void mix(const PrivateLayer& l, long row, const C* crowd, const float* merge, fl
     }
 }
 
+#ifdef MOTSERVE_TILES
+// All mixes of one row in tiles: members [G, D], the row first, by mixing weights, those of one expert a row.
+class TileMixes {
+   public:
+    template <class C>
+    void mix(const PrivateLayer& l, long row, const C* crowd, const std::vector<const float*>& merge,
+             const std::vector<float*>& out) {
+        const long pairs = tiles_of(l.members, TERMS) * TILE;
+        uint32_t* words = members_.words(pairs * l.D);
+        for (long p = 0; p < pairs; ++p)
+            for (long j = 0; j < l.D; j += 2 * TILE) {
+                const __m512i even = member(l, row, crowd, 2 * p, j), odd = member(l, row, crowd, 2 * p + 1, j);
+                uint32_t* to = words + j * pairs + p / TILE * 2 * TILE_WORDS + p % TILE * TILE;
+                _mm512_store_si512(to, _mm512_permutex2var_epi16(even, places(0), odd));
+                _mm512_store_si512(to + TILE_WORDS, _mm512_permutex2var_epi16(even, places(TILE), odd));
+            }
+        weights_.pack(merge.data(), merge.size(), l.members, false);
+        tiled_products(weights_, reinterpret_cast<const bf16*>(words), 0, l.D, out.data());
+    }
+
+   private:
+    TileMemory members_;
+    TileRows weights_;
+
+    // 16 columns, from first on, of two members alternating.
+    static __m512i places(uint16_t first) {
+        alignas(64) uint16_t at[2 * TILE];
+        for (long i = 0; i < TILE; ++i) at[2 * i] = first + i, at[2 * i + 1] = first + i + 2 * TILE;
+        return _mm512_load_si512(at);
+    }
+    template <class C>
+    static __m512i member(const PrivateLayer& l, long row, const C* crowd, long number, long j) {
+        if (number >= l.members) return __m512i();
+        if (number == 0) return rounded(l.x + row * l.D + j);
+        return rounded(crowd + number * l.D + j);
+    }
+    static __m512i rounded(const float* p) {
+        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(p + TILE), _mm512_loadu_ps(p));
+    }
+    static __m512i rounded(const bf16* p) { return _mm512_loadu_si512(p); }
+};
+
+// What private_layer's experts will see, where they are in tiles: to l.mixed, by pair.
+template <class C>
+void mix_in_tiles(const PrivateLayer& l, const std::vector<Pair>& pairs, const float* merge) {
+    const long size = l.members;
+    std::vector<std::vector<const float*>> weights(l.n);
+    std::vector<std::vector<float*>> out(l.n);
+    for (size_t p = 0; p < pairs.size(); ++p) {
+        weights[pairs[p].row].push_back(merge + (pairs[p].row * l.E + pairs[p].expert) * size);
+        out[pairs[p].row].push_back(l.mixed + p * l.D);
+    }
+#pragma omp parallel
+    {
+        const TilesInUse tiles;
+        TileMixes mixes;
+#pragma omp for schedule(dynamic, 1)
+        for (long row = 0; row < l.n; ++row) {
+            const long place = l.places > 1 ? l.positions[row] : 0;
+            if (l.temperatures[row] == 0)
+                for (float* to : out[row]) std::copy(l.x + row * l.D, l.x + (row + 1) * l.D, to);
+            else if (!out[row].empty())
+                mixes.mix(l, row, static_cast<const C*>(l.crowd) + place * size * l.D, weights[row], out[row]);
+        }
+    }
+}
+#endif
+
 template <class W, class C>
 void private_layer(const PrivateLayer& l) {
     const Experts<W> experts{static_cast<const W*>(l.lin1), static_cast<const W*>(l.lin2), l.scale1, l.scale2,
@@ -150,7 +219,10 @@ void private_layer(const PrivateLayer& l) {
         }
     }
     first[l.E] = pairs.size();
-    std::vector<float> answers(pairs.size() * l.D);
+    const bool mixed = experts.tiles && l.members > 0;
+#ifdef MOTSERVE_TILES
+    if (mixed) mix_in_tiles<C>(l, pairs, merge.data());
+#endif
 #pragma omp parallel
     {
         Scratch scratch(experts.tiles);
@@ -161,18 +233,19 @@ void private_layer(const PrivateLayer& l) {
             const auto group_outputs = row_pointers(l.outputs + e * l.experts_apart, l.groups, l.groups_apart);
             experts.run(e, group_mixes.data(), group_outputs.data(), l.groups, scratch);
             const long count = first[e + 1] - first[e];
-            mixes.resize(count * l.D);
-            for (long i = 0; i < count; ++i) {
+            if (!mixed) mixes.resize(count * l.D);
+            for (long i = 0; i < count && !mixed; ++i) {
                 const Pair& pair = pairs[first[e] + i];
                 mix(l, pair.row, crowd + place(pair.row) * l.members * l.D, &merge[(pair.row * l.E + e) * size],
                     &mixes[i * l.D]);
             }
-            const auto from = row_pointers(static_cast<const float*>(mixes.data()), count, l.D);
-            const auto to = row_pointers(answers.data() + first[e] * l.D, count, l.D);
+            const float* own = mixed ? l.mixed + first[e] * l.D : mixes.data();
+            const auto from = row_pointers(own, count, l.D);
+            const auto to = row_pointers(l.answers + first[e] * l.D, count, l.D);
             experts.run(e, from.data(), to.data(), count, scratch);
         }
     }
-    add_up(pairs, answers, l.out, l.n, l.D);
+    add_up(pairs, l.answers, l.out, l.n, l.D);
 }
 
 }  // namespace

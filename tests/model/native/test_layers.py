@@ -200,3 +200,38 @@ def test_token_choice_three_ways(kernels: Kernels, name: str, quantized: bool) -
     torch.testing.assert_close(tiled, plain, atol=1e-3, rtol=1e-3)
     for row in range(11):
         assert torch.equal(TokenChoice(kernels)(0, bank, x[row : row + 1])[0], compiled[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_private_rows_are_as_few(kernels: Kernels, dtype: torch.dtype) -> None:
+    """More than are computed at once, beside shared groups, which are computed once."""
+    config = ModelConfig(
+        vocab_size=8, n_positions=6, n_embd=64, n_layer=1, n_head=2, group_size=4, n_expert=5, expert_size=32
+    )
+    bank = ExpertBank(config).requires_grad_(False)
+    torch.manual_seed(0)
+    bank.initialize(0.5, 0.5)
+    bank.to(dtype)
+    kernels.arrange(bank)
+    crowd = ReferenceCrowd(random_of(1, 6, 4, 64, seed=1), [bank], fingerprint=None)
+    x, groups = random_of(300, 64, seed=2), random_of(5, 3, 64, seed=3)
+    temperatures = torch.tensor([1.0, 0.2, 0.0]).repeat(100)
+
+    def run(rows: slice, mixes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        some = x[rows]
+        count = some.shape[0]
+        entropy, used = torch.zeros(count), torch.zeros(count, dtype=torch.int64)
+        out, outputs = kernels.private_layer(
+            some, bank, (crowd.places[0].to(dtype), crowd.scores[0]), rivals=crowd.rivals,
+            positions=(torch.arange(300) % 6)[rows].contiguous(), temperatures=temperatures[rows].contiguous(),
+            skip_below=torch.full((count,), 0.05), live=torch.ones(count, dtype=torch.bool), entropy=entropy, used=used,
+            mixes=mixes,
+        )  # fmt: skip
+        return out, outputs, entropy, used
+
+    out, outputs, entropy, used = run(slice(0, 300), groups)
+    assert torch.equal(outputs, kernels.bank(groups, bank))
+    for first in (0, 100, 127, 128, 290):
+        alone = run(slice(first, first + 9), groups[:, :0])
+        for whole, part in zip((out, entropy, used), (alone[0], *alone[2:]), strict=True):
+            assert torch.equal(whole[first : first + 9], part)
