@@ -22,7 +22,8 @@ from model.errors import CheckpointError, TrainingError
 from model.groups import Fill, PrivateRows
 from model.layers import TORCH, Arithmetic
 from model.mixing import WholeSequences
-from model.native import Kernels, NativeArithmetic
+from model.native import Kernels
+from model.native.arithmetic import NativeArithmetic
 from model.reference import ReferenceCrowd
 from model.token_choice import TokenChoice
 from model.tokenizer import Tokenizer

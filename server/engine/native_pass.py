@@ -11,7 +11,8 @@ from model.groups import Fill, PrivateRows, SharedGroups
 from model.kv_cache import PagedAttention, PagedKVCache, SingleRows
 from model.memory import Workspace
 from model.mixing import ExpertBank
-from model.native import Kernels, NativeArithmetic
+from model.native import Kernels
+from model.native.arithmetic import NativeArithmetic
 from model.token_choice import TokenChoice
 from model.transformer import Mix, Transformer
 from server.engine.batch import Batch, Wanted

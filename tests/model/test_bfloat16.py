@@ -13,7 +13,8 @@ from model.config import ModelConfig
 from model.groups import Fill, PrivateRows, SharedGroups
 from model.layers import TORCH, Arithmetic
 from model.mixing import ExpertBank, WholeSequences, mix_groups
-from model.native import Kernels, NativeArithmetic, NativeUnavailable, open_kernels
+from model.native import Kernels, NativeUnavailable, open_kernels
+from model.native.arithmetic import NativeArithmetic
 from model.reference import ReferenceCrowd
 from model.transformer import Transformer
 
