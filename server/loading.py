@@ -206,8 +206,8 @@ def build_engine(
     blocks = min(blocks, settings.max_concurrent * -(-config.n_positions // BLOCK_SIZE) + 1)
     kernels = resolve_kernels(settings.kernels, model.device)
     runner = ModelRunner(model, fill, blocks=blocks, block_size=BLOCK_SIZE, kernels=kernels)
-    if kernels is not None:
-        projection = model.blocks[0].attn.c_attn
+    projection = model.blocks[0].attn.c_attn
+    if kernels is not None and not projection.in_tiles:
         kernels.measure_rows(projection.weight, projection.bias)
     if kernels is not None and config.is_grouped:
         kernels.measure(model.banks[0])

@@ -63,8 +63,7 @@ class _PrivateLayer(ctypes.Structure):
             )
         ),
         *((name, ctypes.c_int64) for name in ("groups", "experts_apart", "groups_apart")),
-        ("mixes", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("outputs", "answers", "mixed")),
+        *((name, ctypes.c_void_p) for name in ("mixes", "outputs", "answers", "mixed")),
     ]  # fmt: skip
 
 
@@ -239,7 +238,7 @@ class Kernels:
         assert members.is_contiguous() and scores.is_contiguous() and scores.dtype is torch.float32
         lin1, lin2, scale1, scale2 = _experts(bank)
         rows, width = x.shape
-        for first in range(0, rows, _PRIVATE_ROWS):
+        for first in range(0, max(rows, 1), _PRIVATE_ROWS):  # groups count without rows too
             part = slice(first, first + _PRIVATE_ROWS)
             count = min(rows - first, _PRIVATE_ROWS)
             room = (count * bank.lin1.shape[0], width)

@@ -1,4 +1,4 @@
-// Rows by a matrix of weights, by the processor's pairs where it has them for the type.
+// Rows by a matrix of weights, in the processor's tiles or pairs where it has them for the type.
 
 #pragma once
 
@@ -50,8 +50,8 @@ void product(const float* const* in, long rows, const W* b, long K, long N, cons
     }
 }
 
-// Columns that one thread takes at once: few enough for all of them to have some.
-inline long stripe_of(long N) { return std::max(64L, std::min(256L, N / 4 / 64 * 64)); }
+// Columns that one thread takes at once, whole units: few enough for all of them to have some.
+inline long stripe_of(long N, long unit) { return std::max(unit, std::min(256L, N / 4 / unit * unit)); }
 
 template <class W>
 void paired_stripe(const PackedRows& packed, long rows, const W* weight, long K, long N, long begin, long end,
@@ -87,7 +87,7 @@ inline void linear_in_tiles(const float* x, const bf16* weight, const Added<bf16
     const auto to = row_pointers(out, rows, N);
     TileRows packed;
     packed.reserve(rows, K);
-    const long stripe = std::max(32L, std::min(256L, N / 4 / 32 * 32)), stripes = (N + stripe - 1) / stripe;
+    const long stripe = stripe_of(N, 2 * TILE), stripes = (N + stripe - 1) / stripe;
 #pragma omp parallel if (rows * K * N > SERIAL)
     {
         const TilesInUse tiles;
@@ -125,7 +125,7 @@ void linear(const float* x, const W* weight, const Added<W>& added, float* out, 
     if constexpr (Paired<W>::here)
         if (!exact) packed.pack<W>(from.data(), rows, K);
     const bool paired = Paired<W>::here && !exact;
-    const long stripe = paired ? stripe_of(N) : STRIPE, stripes = (N + stripe - 1) / stripe;
+    const long stripe = paired ? stripe_of(N, 64) : STRIPE, stripes = (N + stripe - 1) / stripe;
 #pragma omp parallel for schedule(static) if (rows * K * N > SERIAL)
     for (long s = 0; s < stripes; ++s) {
         const long begin = s * stripe, end = std::min(N, begin + stripe);

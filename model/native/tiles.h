@@ -71,8 +71,8 @@ class TileMemory {
     long size_ = 0;
 };
 
-// Rows rounded to bfloat16 in tiles [row tiles, steps, 16 rows, 16 pairs], filled up with zeros. Turned round: [.., 16
-// pairs, 16 rows].
+// Rows rounded to bfloat16 in tiles [row tiles, steps, 16 rows, 16 pairs]. Terms are filled up with zeros; rows with
+// whatever is there, as no row's results depend on another's. Turned round: [.., 16 pairs, 16 rows].
 class TileRows {
    public:
     const uint32_t* words = nullptr;
