@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from model.memory import empty_in_large_pages
+from model.native import computes_in_bfloat16
 
 _READ_BYTES = 2**28  # beyond any cache
 _SQUARE = 1024
-_SMALL = 256  # tells the faster type, in little time by the slower one too
 _LONG = 1.0  # seconds
 
 
 @dataclass(frozen=True)
 class Limits:
     """``bandwidth`` in bytes a second; ``matmul`` in operations a second of a large product in ``matmul_dtype``: the
-    type asked for or, on a CPU that is faster in it, float32."""
+    type asked for or, on a CPU that has no instructions for it, float32."""
 
     device: str
     threads: int
@@ -58,9 +58,8 @@ class Machine:
             words = empty_in_large_pages((_READ_BYTES // 4,), torch.float32).fill_(1)
         else:
             words = torch.ones(_READ_BYTES // 4, device=device)
-        types = (dtype,) if device.type != "cpu" else (dtype, torch.float32)
-        squares = [torch.ones(_SMALL, _SMALL, dtype=each, device=device) for each in types]
-        self._type = min(squares, key=lambda each: seconds_of(lambda: each @ each, device=device)).dtype
+        slow = device.type == "cpu" and not computes_in_bfloat16()
+        self._type = torch.float32 if slow else dtype
         self._square = torch.ones(_SQUARE, _SQUARE, dtype=self._type, device=device)
         ways: tuple[Callable[[], Tensor], ...] = (words.sum, words.max, words.view(torch.int32).max)
         self._read = min(ways, key=lambda way: seconds_of(way, device=device))
