@@ -77,25 +77,50 @@ class SharedGroups:
             self._in_order = torch.equal(rows, order) and torch.equal(places, order)
 
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
-        mixes, emit = self.mix(layer, bank, x)
-        if self._kernels is not None and self._kernels.prefers(mixes.shape[1], bank):
-            outputs = self._kernels.bank(mixes, bank, self._workspace)
+        members, merge, emit = self._members(layer, bank, x)
+        kernels = self._kernels
+        if kernels is not None and kernels.prefers_whole(members, bank):
+            return self._to_rows(kernels.shared_layer(members, merge, emit, bank, self._workspace), x)
+        mixes = self._mixes(members, merge)
+        if kernels is not None and kernels.prefers(mixes.shape[1], bank):
+            outputs = kernels.bank(mixes, bank, self._workspace)
         else:
             outputs = bank.experts(mixes.to(bank.controller.dtype))
         return self.redistribute(outputs, emit, x)
 
     def mix(self, layer: int, bank: ExpertBank, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the experts get ``[E, n, D]``, and the weights by which their answers count ``[n, G, E]``."""
+        members, merge, emit = self._members(layer, bank, x)
+        return self._mixes(members, merge), emit
+
+    def redistribute(self, outputs: Tensor, emit: Tensor, x: Tensor) -> Tensor:
+        """The experts' answers ``[E, n, D]`` back to the rows of ``x``."""
+        outputs = outputs.to(torch.promote_types(outputs.dtype, x.dtype))
+        return self._to_rows(torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1)), x)
+
+    def _members(self, layer: int, bank: ExpertBank, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Members ``[n, G, D]``, and the weights that mix and those that redistribute ``[n, G, E]``."""
         live = x[: self._rows.shape[0]] if self._in_order else x[self._rows]
         members, scores = self._gather(layer, bank, live)
         if self._empty is not None:
             scores.view(-1, scores.shape[2]).masked_fill_(self._empty[:, None], float("-inf"))
         merge, emit = self._weights(bank, scores)
+        return members, merge, torch.nan_to_num(emit) if self._empty is not None else emit
+
+    def _mixes(self, members: Tensor, merge: Tensor) -> Tensor:
+        """``[E, n, D]``."""
         weights, room = merge.transpose(1, 2).to(members.dtype), None
         if self._workspace is not None and members.dtype is torch.float32:
             room = self._workspace.take("mixes", (*weights.shape[:2], members.shape[2]))
-        mixes = torch.bmm(weights, members, out=room).transpose(0, 1)  # [E, n, D]
-        return mixes, torch.nan_to_num(emit) if self._empty is not None else emit
+        return torch.bmm(weights, members, out=room).transpose(0, 1)
+
+    def _to_rows(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the groups' places ``[n, G, D]`` got, for the rows of ``x``."""
+        if self._in_order and self._rows.shape[0] == x.shape[0]:
+            return out.view(x.shape).to(x.dtype)
+        result = torch.zeros_like(x)
+        result.index_copy_(0, self._rows, out.view(-1, x.shape[1])[self._places].to(x.dtype))
+        return result
 
     def _weights(self, bank: ExpertBank, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Those that mix and those that redistribute ``[n, G, E]``; may overwrite ``scores``."""
@@ -108,16 +133,6 @@ class SharedGroups:
         )
         self.entropy += mixing_entropy(merge)
         return merge, emit
-
-    def redistribute(self, outputs: Tensor, emit: Tensor, x: Tensor) -> Tensor:
-        """The experts' answers ``[E, n, D]`` back to the rows of ``x``."""
-        outputs = outputs.to(torch.promote_types(outputs.dtype, x.dtype))
-        out = torch.bmm(emit.to(outputs.dtype), outputs.transpose(0, 1))
-        if self._in_order and self._rows.shape[0] == x.shape[0]:
-            return out.view(x.shape).to(x.dtype)
-        result = torch.zeros_like(x)
-        result.index_copy_(0, self._rows, out.view(-1, x.shape[1])[self._places].to(x.dtype))
-        return result
 
     def _gather(self, layer: int, bank: ExpertBank, live: Tensor) -> tuple[Tensor, Tensor]:
         """Members ``[n, G, D]`` and float32 scores ``[n, G, E]``; the crowd's scores are known beforehand. With kernels

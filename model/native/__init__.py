@@ -38,6 +38,7 @@ _BY_INPUT, _BY_OUTPUT, _IN_TILES = range(3)  # as linear.h numbers them
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
 _PRIVATE_ROWS = 128  # at once: what is in between takes memory
+_FEW_MEMBERS = 2**17  # numbers that stay in a cache of a core (0.5 MB)
 _FEW_ROWS = 64  # until measured: about level with torch in float32
 _TRIED_ROWS = (4, 8, 16, 32, 64, 128, 256)
 _MEASURED_BYTES = 2**26  # of experts: beyond caches, and quickly done with
@@ -88,6 +89,7 @@ class Kernels:
         self._mix_weights = _function(
             loaded, "motserve_mix_weights", [pointer] + [wide] * 3 + [ctypes.c_float, pointer]
         )
+        self._shared = _function(loaded, "motserve_shared_layer", [pointer] * 9 + [wide] * 5 + [number] * 2)
         self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
         self._routed = _function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
         self._keep = _function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
@@ -216,6 +218,32 @@ class Kernels:
         self._bank(
             mixes.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(), *mixes.stride()[:2],
             experts, rows, width, bank.lin1.shape[2], activation_kind(bank.activation), self._weights(bank),
+        )  # fmt: skip
+        return out
+
+    def prefers_whole(self, members: Tensor, bank: ExpertBank) -> bool:
+        """Whether ``shared_layer`` is the faster way for ``members [n, G, D]``, rather than mixing, ``bank`` and
+        redistribution one after the other: while they stay in a core's cache."""
+        return members.dtype is torch.float32 and members.numel() <= _FEW_MEMBERS and self.prefers(len(members), bank)
+
+    def shared_layer(
+        self, members: Tensor, merge: Tensor, emit: Tensor, bank: ExpertBank, workspace: Workspace | None = None
+    ) -> Tensor:
+        """Groups ``members [n, G, D]`` mixed by ``merge [n, G, E]``, through the experts, and redistributed by ``emit
+        [n, G, E]``; all float32, the result ``[n, G, D]`` too."""
+        members, merge, emit = members.contiguous(), merge.contiguous(), emit.contiguous()
+        groups, size, width = members.shape
+        experts = bank.lin1.shape[0]
+        lin1, lin2, scale1, scale2 = _experts(bank)
+        assert members.dtype is merge.dtype is emit.dtype is torch.float32
+        assert merge.shape == emit.shape == (groups, size, experts) and bank.lin1.shape[1] == width
+        shape = (groups, experts, width)
+        answers = torch.empty(shape) if workspace is None else workspace.take("outputs", shape)
+        out = torch.empty_like(members)
+        self._shared(
+            members.data_ptr(), merge.data_ptr(), emit.data_ptr(), lin1, lin2, scale1, scale2, answers.data_ptr(),
+            out.data_ptr(), groups, size, experts, width, bank.lin1.shape[2], activation_kind(bank.activation),
+            self._weights(bank),
         )  # fmt: skip
         return out
 

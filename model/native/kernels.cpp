@@ -12,6 +12,7 @@
 #include "normalization.h"
 #include "private_layer.h"
 #include "sampling.h"
+#include "shared_layer.h"
 
 extern "C" {
 
@@ -63,6 +64,15 @@ void motserve_bank(const float* mixes, const void* lin1, const void* lin2, const
 
 void motserve_mix_weights(float* scores, int64_t n, int64_t G, int64_t E, float T, float* entropy) {
     mix_weights(scores, n, G, E, T, entropy);
+}
+
+void motserve_shared_layer(const float* members, const float* merge, const float* emit, const void* lin1,
+                           const void* lin2, const float* scale1, const float* scale2, float* answers, float* out,
+                           int64_t n, int64_t G, int64_t E, int64_t D, int64_t S, int32_t activation,
+                           int32_t weights) {
+    with_experts(lin1, lin2, scale1, scale2, D, S, activation, weights, [&](const auto& experts) {
+        shared_layer(experts, SharedLayer{n, G, E, members, merge, emit, answers, out});
+    });
 }
 
 void motserve_private_layer(const PrivateLayer* layer) {
