@@ -48,7 +48,8 @@ class ExpertBank(nn.Module):
     ``quantize`` turns the experts to int8 with ``scale1 [E, S]`` and ``scale2 [E, D]``, one scale an output channel:
     a weight is its integer times its channel's scale.
 
-    ``put_in_tiles`` turns bfloat16 experts to the order that compiled kernels may want; all here understand both.
+    ``put_in_tiles`` turns bfloat16 experts to the order that compiled kernels may want; all here understand both. Then
+    ``lin1`` and ``lin2`` may have more hidden units than ``size``, such as weigh nothing.
     """
 
     scale1: Tensor | None
@@ -57,6 +58,7 @@ class ExpertBank(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, e, s = config.n_embd, config.n_expert + config.n_shared_expert, config.expert_size
+        self.size = s
         self.controller = nn.Parameter(torch.empty(d, config.n_expert))
         self.lin1 = nn.Parameter(torch.empty(e, d, s))
         self.lin2 = nn.Parameter(torch.empty(e, s, d))
@@ -83,7 +85,7 @@ class ExpertBank(nn.Module):
     def experts(self, mixes: Tensor) -> Tensor:
         """``mixes [E, n, D]`` to ``[E, n, D]``: every expert on its own rows."""
         if self.scale1 is None or self.scale2 is None:
-            first, second = self._in_order(self.lin1), self._in_order(self.lin2)
+            first, second = self._in_order(self.lin1, self.lin2)
             return torch.bmm(self.activation(torch.bmm(mixes, first)), second)
         hidden = self.activation(torch.bmm(mixes, self.lin1.to(mixes.dtype)) * self.scale1[:, None].to(mixes.dtype))
         return torch.bmm(hidden, self.lin2.to(mixes.dtype)) * self.scale2[:, None].to(mixes.dtype)
@@ -92,7 +94,7 @@ class ExpertBank(nn.Module):
         """One expert's two matrices ``[D, S]`` and ``[S, D]``, in the type of the controller."""
         first, second, dtype = self.lin1[number], self.lin2[number], self.controller.dtype
         if self.scale1 is None or self.scale2 is None:
-            return self._in_order(first), self._in_order(second)
+            return self._in_order(first, second)
         return (first * self.scale1[number]).to(dtype), (second * self.scale2[number]).to(dtype)
 
     def part(self, count: int) -> ExpertBank:
@@ -105,7 +107,9 @@ class ExpertBank(nn.Module):
         for name in ("scale1", "scale2"):
             scale = getattr(self, name)
             part.register_buffer(name, None if scale is None else scale[:count])
-        for name in ("activation", "over_experts", "discrete", "gated", "per_token", "shared", "normalize", "in_tiles"):
+        for name in (
+            "size", "activation", "over_experts", "discrete", "gated", "per_token", "shared", "normalize", "in_tiles"
+        ):  # fmt: skip
             setattr(part, name, getattr(self, name))
         return part
 
@@ -118,17 +122,26 @@ class ExpertBank(nn.Module):
 
     def put_in_tiles(self) -> None:
         """The experts' weights, where they fit. Not to be trained afterwards."""
-        if not self.in_tiles and tiles.fits(self.lin1, self.lin2):
+        if not self.in_tiles and tiles.experts_fit(self.lin1):
             self.lin1.data, self.lin2.data = tiles.side_by_side(self.lin1, self.lin2)
             self.in_tiles = True
 
     def put_in_order(self) -> None:
         """Undo ``put_in_tiles``."""
-        self.lin1.data, self.lin2.data = self._in_order(self.lin1.data), self._in_order(self.lin2.data)
+        self.lin1.data, self.lin2.data = self._in_order(self.lin1.data, self.lin2.data)
         self.in_tiles = False
 
-    def _in_order(self, weight: Tensor) -> Tensor:
-        return tiles.from_tiles(weight) if self.in_tiles else weight
+    @property
+    def filled_up(self) -> int:
+        """Weights of the hidden units that tiles were filled up with."""
+        return self.lin1.numel() + self.lin2.numel() - 2 * self.lin1[..., : self.size].numel()
+
+    def _in_order(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one expert or several."""
+        if not self.in_tiles:
+            return first, second
+        first, second = tiles.from_tiles(first), tiles.from_tiles(second)
+        return first[..., : self.size].contiguous(), second[..., : self.size, :].contiguous()
 
 
 def _to_int8(weight: Tensor, common: Tensor | None) -> tuple[nn.Parameter, Tensor]:

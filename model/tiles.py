@@ -8,6 +8,7 @@ numbers under the same shape. Only the compiled kernels compute with that; plain
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.memory import empty_in_large_pages
@@ -15,9 +16,16 @@ from model.memory import empty_in_large_pages
 _TERMS = 32  # of K in a tile of weights, and columns of two tiles
 
 
-def fits(*weights: Tensor) -> bool:
-    """Whether weights ``[.., K, N]`` can be put in tiles."""
-    return all(w.dtype is torch.bfloat16 and w.shape[-2] % _TERMS == w.shape[-1] % _TERMS == 0 for w in weights)
+def fits(weight: Tensor) -> bool:
+    """Whether a weight ``[.., K, N]`` can be put in tiles."""
+    return weight.dtype is torch.bfloat16 and weight.shape[-2] % _TERMS == weight.shape[-1] % _TERMS == 0
+
+
+def experts_fit(first: Tensor) -> bool:
+    """Whether experts whose first matrices are ``first [E, D, S]`` can be put in tiles, and be worth it: their hidden
+    units are filled up with such that weigh nothing, half as many as there are at most."""
+    width, size = first.shape[-2:]
+    return first.dtype is torch.bfloat16 and width % _TERMS == 0 and 2 * (-size % _TERMS) <= size
 
 
 def to_tiles(weight: Tensor) -> Tensor:
@@ -49,10 +57,13 @@ def put_in_tiles(weight: Tensor) -> None:
 @torch.no_grad()
 def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """``first [E, D, S]`` and ``second [E, S, D]`` in tiles, on common memory: an expert's second matrix follows its
-    first, so that the experts in order are one run of memory."""
-    sizes = [first[0].numel(), second[0].numel()]
-    common = empty_in_large_pages((first.shape[0], sum(sizes)), first.dtype)
-    put = [part.view(-1, *w.shape[1:]) for part, w in zip(torch.split(common, sizes, 1), (first, second), strict=True)]
+    first, so that the experts in order are one run of memory. ``S`` is filled up, with zeros, to whole tiles."""
+    more = -first.shape[-1] % _TERMS
+    size, width = first.shape[-1] + more, first.shape[-2]
+    common = empty_in_large_pages((first.shape[0], 2 * width * size), first.dtype)
+    lin1, lin2 = torch.split(common, width * size, 1)
+    lin1, lin2 = lin1.view(-1, width, size), lin2.view(-1, size, width)
     for expert in range(first.shape[0]):
-        put[0][expert], put[1][expert] = to_tiles(first[expert]), to_tiles(second[expert])
-    return put[0], put[1]
+        lin1[expert] = to_tiles(F.pad(first[expert], (0, more)))
+        lin2[expert] = to_tiles(F.pad(second[expert], (0, 0, 0, more)))
+    return lin1, lin2

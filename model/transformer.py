@@ -85,7 +85,13 @@ class Transformer(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        return sum(parameter.numel() for parameter in self.parameters()) - sum(bank.filled_up for bank in self.banks)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What the parameters take, without what tiles were filled up with."""
+        filled_up = sum(bank.filled_up * bank.lin1.element_size() for bank in self.banks)
+        return sum(parameter.nbytes for parameter in self.parameters()) - filled_up
 
     def initialize(self, seed: int) -> None:
         """GPT-2's initialisation: normal of 0.02, divided by sqrt(2 * layers) where a block writes to the residual.

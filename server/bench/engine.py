@@ -81,7 +81,7 @@ def bench_engine(
 ) -> Iterator[EngineResult]:
     """One result a load. Loads take turns, so that a slow minute of the machine is not one load's. Raises ValueError
     when one does not fit."""
-    weights = sum(p.numel() * p.element_size() for p in engine.runner.model.parameters())
+    weights = engine.runner.model.weight_bytes
     for load in loads:
         engine.check(_requests(engine, load, privacy, 0)[0])
     first = replace(loads[0], requests=None)

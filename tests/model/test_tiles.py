@@ -35,13 +35,19 @@ def test_every_weight_is_where_the_order_says_and_comes_back(experts: int, rows:
     assert torch.equal(weight, put)
 
 
-@pytest.mark.parametrize(("width", "size", "fits"), [(64, 32, True), (64, 40, False), (48, 32, False)])
+@pytest.mark.parametrize(
+    ("width", "size", "fits"),
+    [(64, 32, True), (64, 24, True), (32, 72, True), (64, 40, False), (64, 16, False), (48, 32, False)],
+)
 def test_plain_forms_compute_with_weights_in_tiles(width: int, size: int, fits: bool) -> None:
     config = ModelConfig(
         vocab_size=8, n_positions=6, n_embd=width, n_layer=1, n_head=1, group_size=2, n_expert=3, expert_size=size
     )
     torch.manual_seed(0)
-    bank, projection = ExpertBank(config).requires_grad_(False), Projection(width, size).requires_grad_(False)
+    bank, projection = (
+        ExpertBank(config).requires_grad_(False),
+        Projection(width, 96 if fits else 40).requires_grad_(False),
+    )
     bank.initialize(1, 1)
     projection.initialize(1)
     bank.bfloat16(), projection.bfloat16()
@@ -50,6 +56,8 @@ def test_plain_forms_compute_with_weights_in_tiles(width: int, size: int, fits: 
         bank.put_in_tiles(), projection.put_in_tiles()
         assert bank.in_tiles is projection.in_tiles is fits
         assert torch.equal(bank.lin1, before[0].lin1) is not fits
+        assert bank.lin1.shape[2] == bank.lin2.shape[1] == (-(-size // 32) * 32 if fits else size)
+        assert bank.lin1.numel() + bank.lin2.numel() - bank.filled_up == 2 * before[0].lin1.numel()
     mixes, x = torch.randn(3, 4, width).bfloat16(), torch.randn(4, width).bfloat16()
     assert torch.equal(bank.experts(mixes), before[0].experts(mixes))
     assert torch.equal(bank.part(2).experts(mixes[:2]), before[0].part(2).experts(mixes[:2]))
