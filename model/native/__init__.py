@@ -10,31 +10,32 @@ from __future__ import annotations
 import ctypes
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.layers import Projection
 from model.memory import Workspace
-from model.mixing import ACTIVATION_FUNCTIONS, Activation, ExpertBank
+from model.mixing import Activation, ExpertBank
+from model.native.binding import (
+    BY_INPUT,
+    BY_OUTPUT,
+    IN_TILES,
+    TILES,
+    TYPES,
+    PrivateLayer,
+    activation_kind,
+    alike,
+    experts_at,
+    function,
+    is_half,
+)
 from model.native.compiler import NativeUnavailable as NativeUnavailable
 from model.native.compiler import build
 
-_KINDS = {
-    ACTIVATION_FUNCTIONS["gelu"]: 0,
-    ACTIVATION_FUNCTIONS["gelu_new"]: 1,
-    F.relu: 2,
-    F.silu: 3,
-}
-
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of experts, as experts.h numbers them
-_TILES = 3
-_BY_INPUT, _BY_OUTPUT, _IN_TILES = range(3)  # as linear.h numbers them
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
 _PRIVATE_ROWS = 128  # at once: what is in between takes memory
@@ -50,31 +51,6 @@ def computes_in_bfloat16() -> bool:
     return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx"))
 
 
-class _PrivateLayer(ctypes.Structure):
-    """Mirrors ``PrivateLayer`` in kernels.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "D", "E", "S", "places", "members", "rivals")),
-        *((name, ctypes.c_int32) for name in ("activation", "over_experts", "discrete", "gated", "weights", "half")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "x", "own", "crowd", "crowd_scores", "positions", "temperatures", "skip_below", "live", "lin1", "lin2",
-                "scale1", "scale2", "out", "entropy", "used",
-            )
-        ),
-        *((name, ctypes.c_int64) for name in ("groups", "experts_apart", "groups_apart")),
-        *((name, ctypes.c_void_p) for name in ("mixes", "outputs", "answers", "mixed")),
-    ]  # fmt: skip
-
-
-def activation_kind(activation: Activation) -> int:
-    """The kernels' number of an activation. Raises NativeUnavailable for one that they lack."""
-    if activation not in _KINDS:
-        raise NativeUnavailable("the kernels lack this activation")
-    return _KINDS[activation]
-
-
 class Kernels:
     """The kernels of one library. Weights are float32 or bfloat16, contiguous, on the CPU; activations are float32."""
 
@@ -84,22 +60,20 @@ class Kernels:
         self._few_groups, self._few_rows = _FEW_GROUPS, _FEW_ROWS
         self._scratch = Workspace()
         wide, pointer, number = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
-        self._linear = _function(loaded, "motserve_linear", [pointer] * 5 + [wide] * 3 + [number] * 3)
-        self._bank = _function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 6 + [number] * 2)
-        self._mix_weights = _function(
-            loaded, "motserve_mix_weights", [pointer] + [wide] * 3 + [ctypes.c_float, pointer]
-        )
-        self._shared = _function(loaded, "motserve_shared_layer", [pointer] * 9 + [wide] * 5 + [number] * 2)
-        self._private = _function(loaded, "motserve_private_layer", [ctypes.POINTER(_PrivateLayer)])
-        self._routed = _function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
-        self._keep = _function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
-        self._attend = _function(loaded, "motserve_attend", [pointer, wide] + [pointer] * 5 + [wide] * 5 + [number])
-        self._normalize = _function(
+        self._linear = function(loaded, "motserve_linear", [pointer] * 5 + [wide] * 3 + [number] * 3)
+        self._bank = function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 6 + [number] * 2)
+        self._mix_weights = function(loaded, "motserve_mix_weights", [pointer] + [wide] * 3 + [ctypes.c_float, pointer])
+        self._shared = function(loaded, "motserve_shared_layer", [pointer] * 9 + [wide] * 5 + [number] * 2)
+        self._private = function(loaded, "motserve_private_layer", [ctypes.POINTER(PrivateLayer)])
+        self._routed = function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
+        self._keep = function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
+        self._attend = function(loaded, "motserve_attend", [pointer, wide] + [pointer] * 5 + [wide] * 5 + [number])
+        self._normalize = function(
             loaded, "motserve_normalize", [pointer] * 3 + [ctypes.c_double, pointer] + [wide] * 2 + [number]
         )
-        self._draw = _function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
-        self._score = _function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
-        self._activate = _function(loaded, "motserve_activate", [pointer, wide, number])
+        self._draw = function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
+        self._score = function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
+        self._activate = function(loaded, "motserve_activate", [pointer, wide, number])
         self.tiles = bool(loaded.motserve_tiles())  # whether it multiplies bfloat16 in tiles
 
     def arrange(self, model: nn.Module) -> None:
@@ -118,7 +92,7 @@ class Kernels:
 
     def _weights(self, bank: ExpertBank) -> int:
         assert self.tiles or not bank.in_tiles, "weights were put in tiles for another processor"
-        return _TILES if bank.in_tiles else _TYPES[bank.lin1.dtype]
+        return TILES if bank.in_tiles else TYPES[bank.lin1.dtype]
 
     def _torch_is_slow(self, bank: ExpertBank) -> bool:
         dtype = bank.lin1.dtype
@@ -175,13 +149,14 @@ class Kernels:
         outer = weight.shape[0 if by_output else 1]
         assert weight.is_contiguous() and weight.shape == ((outer, inner) if by_output else (inner, outer))
         assert not in_tiles or (self.tiles and not by_output and not exact)
-        order = _IN_TILES if in_tiles else _BY_OUTPUT if by_output else _BY_INPUT
+        order = IN_TILES if in_tiles else BY_OUTPUT if by_output else BY_INPUT
         assert bias is None or bias.dtype is weight.dtype
         assert onto is None or (onto.shape == (rows, outer) and onto.dtype is torch.float32 and onto.is_contiguous())
         out = torch.empty(rows, outer)
         self._linear(
             x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(),
-            None if onto is None else onto.data_ptr(), out.data_ptr(), rows, inner, outer, order, exact, _half(weight),
+            None if onto is None else onto.data_ptr(), out.data_ptr(), rows, inner, outer, order, exact,
+            is_half(weight),
         )  # fmt: skip
         return out
 
@@ -192,7 +167,7 @@ class Kernels:
         assert norm.weight.shape == norm.bias.shape == x.shape[1:]
         self._normalize(
             x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), norm.eps, out.data_ptr(), *x.shape,
-            _half(norm.weight),
+            is_half(norm.weight),
         )  # fmt: skip
         return out
 
@@ -211,9 +186,9 @@ class Kernels:
     def bank(self, mixes: Tensor, bank: ExpertBank, workspace: Workspace | None = None) -> Tensor:
         """``mixes [E, n, D]`` through their experts: float32 ``[E, n, D]``, as ``ExpertBank.experts`` does, laid out as
         ``mixes`` is and, with a ``workspace``, there."""
-        mixes, out = _alike(mixes, workspace)
+        mixes, out = alike(mixes, workspace)
         experts, rows, width = mixes.shape
-        lin1, lin2, scale1, scale2 = _experts(bank)
+        lin1, lin2, scale1, scale2 = experts_at(bank)
         assert bank.lin1.shape[:2] == (experts, width)
         self._bank(
             mixes.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(), *mixes.stride()[:2],
@@ -234,7 +209,7 @@ class Kernels:
         members, merge, emit = members.contiguous(), merge.contiguous(), emit.contiguous()
         groups, size, width = members.shape
         experts = bank.lin1.shape[0]
-        lin1, lin2, scale1, scale2 = _experts(bank)
+        lin1, lin2, scale1, scale2 = experts_at(bank)
         assert members.dtype is merge.dtype is emit.dtype is torch.float32
         assert merge.shape == emit.shape == (groups, size, experts) and bank.lin1.shape[1] == width
         shape = (groups, experts, width)
@@ -257,25 +232,25 @@ class Kernels:
         those at places 1 to ``rivals``. Adds to ``entropy`` and ``used [n]``; float32 ``[n, D]``. Beside them ``bank``
         for ``mixes [E, groups, D]``, groups may be 0, while the weights are at hand."""
         x = x.float().contiguous()
-        mixes, outputs = _alike(mixes, workspace)
+        mixes, outputs = alike(mixes, workspace)
         own = self.linear(x, bank.controller, None, exact=True)
         if bank.gated:
             own = torch.softmax(own, 1)  # row by row
         out = torch.empty_like(x)
         members, scores = crowd if crowd is not None else (own, own)
         assert members.is_contiguous() and scores.is_contiguous() and scores.dtype is torch.float32
-        lin1, lin2, scale1, scale2 = _experts(bank)
+        lin1, lin2, scale1, scale2 = experts_at(bank)
         rows, width = x.shape
         for first in range(0, max(rows, 1), _PRIVATE_ROWS):  # groups count without rows too
             part = slice(first, first + _PRIVATE_ROWS)
             count = min(rows - first, _PRIVATE_ROWS)
             room = (count * bank.lin1.shape[0], width)
-            layer = _PrivateLayer(
+            layer = PrivateLayer(
                 n=count, D=width, E=bank.lin1.shape[0], S=bank.lin1.shape[2],
                 places=members.shape[0] if crowd is not None else 1,
                 members=members.shape[1] if crowd is not None else 0, rivals=rivals,
                 activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
-                gated=bank.gated, weights=self._weights(bank), half=_half(members),
+                gated=bank.gated, weights=self._weights(bank), half=is_half(members),
                 x=x[part].data_ptr(), own=own[part].data_ptr(), crowd=members.data_ptr(),
                 crowd_scores=scores.data_ptr(), positions=positions[part].data_ptr(),
                 temperatures=temperatures[part].data_ptr(), skip_below=skip_below[part].data_ptr(),
@@ -294,7 +269,7 @@ class Kernels:
         added up in order of experts: float32 ``[n, D]``. Each expert's weights are read once."""
         x, gates = x.float().contiguous(), gates.contiguous()
         rows, width = x.shape
-        lin1, lin2, scale1, scale2 = _experts(bank)
+        lin1, lin2, scale1, scale2 = experts_at(bank)
         experts, size = bank.lin1.shape[0], bank.lin1.shape[2]
         assert bank.lin1.shape[1] == width and gates.shape == (rows, experts) and gates.dtype is torch.float32
         out = torch.empty_like(x)
@@ -310,7 +285,7 @@ class Kernels:
         assert qkv.dtype is torch.float32 and qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous()
         self._keep(
             qkv.data_ptr(), slots.data_ptr(), keys.data_ptr(), values.data_ptr(), qkv.shape[0], qkv.shape[1] // 3,
-            _half(keys),
+            is_half(keys),
         )  # fmt: skip
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
@@ -323,7 +298,7 @@ class Kernels:
         out = torch.empty(rows, heads, size)
         self._attend(
             queries.data_ptr(), queries.stride(0), keys.data_ptr(), values.data_ptr(), tables.data_ptr(),
-            lengths.data_ptr(), out.data_ptr(), rows, heads, size, tables.shape[1], keys.shape[1], _half(keys),
+            lengths.data_ptr(), out.data_ptr(), rows, heads, size, tables.shape[1], keys.shape[1], is_half(keys),
         )  # fmt: skip
         return out
 
@@ -352,12 +327,6 @@ class Kernels:
         return chosen, ids, values
 
 
-def _function(library: ctypes.CDLL, name: str, arguments: Sequence[object]) -> Callable[..., None]:
-    found = getattr(library, name)
-    found.argtypes, found.restype = arguments, None
-    return found  # type: ignore[no-any-return]
-
-
 def _fastest(work: Callable[[], object]) -> float:
     """Seconds, the best of a few after one that does not count."""
     times = []
@@ -372,36 +341,6 @@ def measurable_part(bank: ExpertBank) -> ExpertBank:
     """As many experts as tell the time of all of them by their share."""
     one = (bank.lin1[0].numel() + bank.lin2[0].numel()) * bank.lin1.element_size()
     return bank.part(min(bank.lin1.shape[0], -(-_MEASURED_BYTES // one)))
-
-
-def _alike(mixes: Tensor, workspace: Workspace | None) -> tuple[Tensor, Tensor]:
-    """``mixes [E, n, D]`` in float32, rows or groups one after the other, and room for as much in the same order."""
-    experts, groups, width = mixes.shape
-    by_group = mixes.stride() == (width, experts * width, 1)
-    mixes = mixes.float() if by_group or mixes.is_contiguous() else mixes.float().contiguous()
-    shape = (groups, experts, width) if by_group else (experts, groups, width)
-    room = torch.empty(shape) if workspace is None else workspace.take("outputs", shape)
-    return mixes, room.transpose(0, 1) if by_group else room
-
-
-def _experts(bank: ExpertBank) -> tuple[int, int, int | None, int | None]:
-    """Where the experts' weights and scales lie."""
-    tensors = (bank.lin1, bank.lin2, bank.scale1, bank.scale2)
-    if bank.in_tiles:  # side by side
-        one = bank.lin1[0].numel()
-        assert bank.lin1.shape[0] == 1 or bank.lin1.stride(0) == bank.lin2.stride(0) == 2 * one
-        assert bank.lin2.data_ptr() - bank.lin1.data_ptr() == one * bank.lin1.element_size()
-    else:
-        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    assert bank.scale1 is None or bank.scale1.dtype is torch.float32
-    first, second, scale1, scale2 = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    assert first is not None and second is not None
-    return first, second, scale1, scale2
-
-
-def _half(weight: Tensor) -> bool:
-    assert weight.dtype in (torch.float32, torch.bfloat16), "the kernels know float32 and bfloat16"
-    return weight.dtype is torch.bfloat16
 
 
 def open_kernels(*flags: str) -> Kernels:

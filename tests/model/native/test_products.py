@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.layers import Projection
 from model.mixing import Activation, ExpertBank, _gelu_tanh
-from model.native import Kernels, NativeUnavailable, activation_kind
+from model.native import Kernels, NativeUnavailable
 from model.native.arithmetic import NativeArithmetic
+from model.native.binding import activation_kind
 from model.transformer import Transformer
 from tests.model.native.inputs import DTYPES, dtypes, random_of, types
 
