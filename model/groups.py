@@ -79,8 +79,6 @@ class SharedGroups:
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         members, merge, emit = self._members(layer, bank, x)
         kernels = self._kernels
-        if kernels is not None and kernels.prefers_whole(members, bank):
-            return self._to_rows(kernels.shared_layer(members, merge, emit, bank, self._workspace), x)
         mixes = self._mixes(members, merge)
         if kernels is not None and kernels.prefers(mixes.shape[1], bank):
             outputs = kernels.bank(mixes, bank, self._workspace)

@@ -63,7 +63,6 @@ class Kernels:
         self._linear = function(loaded, "motserve_linear", [pointer] * 5 + [wide] * 3 + [number] * 3)
         self._bank = function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 6 + [number] * 2)
         self._mix_weights = function(loaded, "motserve_mix_weights", [pointer] + [wide] * 3 + [ctypes.c_float, pointer])
-        self._shared = function(loaded, "motserve_shared_layer", [pointer] * 9 + [wide] * 5 + [number] * 2)
         self._private = function(loaded, "motserve_private_layer", [ctypes.POINTER(PrivateLayer)])
         self._routed = function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
         self._keep = function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
@@ -74,6 +73,8 @@ class Kernels:
         self._draw = function(loaded, "motserve_draw", [pointer, wide, wide] + [pointer] * 6)
         self._score = function(loaded, "motserve_score", [pointer, wide, wide, pointer, wide] + [pointer] * 3)
         self._activate = function(loaded, "motserve_activate", [pointer, wide, number])
+        self._decoder_room = function(loaded, "motserve_decoder_room", [pointer] * 2, wide)
+        self._decode = function(loaded, "motserve_decode", [pointer] * 2, number)
         self.tiles = bool(loaded.motserve_tiles())  # whether it multiplies bfloat16 in tiles
 
     def arrange(self, model: nn.Module) -> None:
@@ -90,7 +91,8 @@ class Kernels:
         they are both."""
         return groups <= self._few_groups or self._torch_is_slow(bank)
 
-    def _weights(self, bank: ExpertBank) -> int:
+    def weights_kind(self, bank: ExpertBank) -> int:
+        """The kernels' number of the type and order of a bank's experts."""
         assert self.tiles or not bank.in_tiles, "weights were put in tiles for another processor"
         return TILES if bank.in_tiles else TYPES[bank.lin1.dtype]
 
@@ -192,35 +194,14 @@ class Kernels:
         assert bank.lin1.shape[:2] == (experts, width)
         self._bank(
             mixes.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(), *mixes.stride()[:2],
-            experts, rows, width, bank.lin1.shape[2], activation_kind(bank.activation), self._weights(bank),
+            experts, rows, width, bank.lin1.shape[2], activation_kind(bank.activation), self.weights_kind(bank),
         )  # fmt: skip
         return out
 
-    def prefers_whole(self, members: Tensor, bank: ExpertBank) -> bool:
-        """Whether ``shared_layer`` is the faster way for ``members [n, G, D]``, rather than mixing, ``bank`` and
-        redistribution one after the other: while they stay in a core's cache."""
-        return members.dtype is torch.float32 and members.numel() <= _FEW_MEMBERS and self.prefers(len(members), bank)
-
-    def shared_layer(
-        self, members: Tensor, merge: Tensor, emit: Tensor, bank: ExpertBank, workspace: Workspace | None = None
-    ) -> Tensor:
-        """Groups ``members [n, G, D]`` mixed by ``merge [n, G, E]``, through the experts, and redistributed by ``emit
-        [n, G, E]``; all float32, the result ``[n, G, D]`` too."""
-        members, merge, emit = members.contiguous(), merge.contiguous(), emit.contiguous()
-        groups, size, width = members.shape
-        experts = bank.lin1.shape[0]
-        lin1, lin2, scale1, scale2 = experts_at(bank)
-        assert members.dtype is merge.dtype is emit.dtype is torch.float32
-        assert merge.shape == emit.shape == (groups, size, experts) and bank.lin1.shape[1] == width
-        shape = (groups, experts, width)
-        answers = torch.empty(shape) if workspace is None else workspace.take("outputs", shape)
-        out = torch.empty_like(members)
-        self._shared(
-            members.data_ptr(), merge.data_ptr(), emit.data_ptr(), lin1, lin2, scale1, scale2, answers.data_ptr(),
-            out.data_ptr(), groups, size, experts, width, bank.lin1.shape[2], activation_kind(bank.activation),
-            self._weights(bank),
-        )  # fmt: skip
-        return out
+    def prefers_whole(self, groups: int, size: int, bank: ExpertBank) -> bool:
+        """Whether a layer of so many groups of ``size`` members is best mixed, computed and redistributed expert by
+        expert, rather than in three steps: while they stay in a core's cache."""
+        return groups * size * bank.lin1.shape[1] <= _FEW_MEMBERS and self.prefers(groups, bank)
 
     def private_layer(
         self, x: Tensor, bank: ExpertBank, crowd: tuple[Tensor, Tensor] | None, *, rivals: int, positions: Tensor,
@@ -250,7 +231,7 @@ class Kernels:
                 places=members.shape[0] if crowd is not None else 1,
                 members=members.shape[1] if crowd is not None else 0, rivals=rivals,
                 activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
-                gated=bank.gated, weights=self._weights(bank), half=is_half(members),
+                gated=bank.gated, weights=self.weights_kind(bank), half=is_half(members),
                 x=x[part].data_ptr(), own=own[part].data_ptr(), crowd=members.data_ptr(),
                 crowd_scores=scores.data_ptr(), positions=positions[part].data_ptr(),
                 temperatures=temperatures[part].data_ptr(), skip_below=skip_below[part].data_ptr(),
@@ -275,9 +256,17 @@ class Kernels:
         out = torch.empty_like(x)
         self._routed(
             x.data_ptr(), gates.data_ptr(), lin1, lin2, scale1, scale2, out.data_ptr(),
-            rows, experts, width, size, activation_kind(bank.activation), self._weights(bank),
+            rows, experts, width, size, activation_kind(bank.activation), self.weights_kind(bank),
         )  # fmt: skip
         return out
+
+    def decode(self, decoder: ctypes.Structure, step: ctypes.Structure, workspace: Workspace) -> None:
+        """A pass, as ``decoder.NativeDecoder`` describes it. Raises IndexError for a row that the model has no
+        embedding for."""
+        at = ctypes.addressof(decoder), ctypes.addressof(step)
+        step.room = workspace.take("pass", (self._decoder_room(*at),)).data_ptr()
+        if not self._decode(*at):
+            raise IndexError("a token or a position outside the model's")
 
     def keep(self, qkv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write what follows the queries in float32 ``qkv [n, 3D]`` to ``slots [n]`` of ``keys`` and ``values [blocks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,10 @@ def activation_kind(activation: Activation) -> int:
     return _KINDS[activation]
 
 
-def function(library: ctypes.CDLL, name: str, arguments: Sequence[object]) -> Callable[..., None]:
-    """One of the library's, which returns nothing. Raises AttributeError."""
+def function(library: ctypes.CDLL, name: str, arguments: Sequence[object], result: object = None) -> Callable[..., Any]:
+    """One of the library's. Raises AttributeError."""
     found = getattr(library, name)
-    found.argtypes, found.restype = arguments, None
+    found.argtypes, found.restype = arguments, result
     return found  # type: ignore[no-any-return]
 
 

@@ -7,12 +7,12 @@
 // Plain C interface, called through ctypes by model/native; shapes are checked there.
 
 #include "attention.h"
+#include "decoder.h"
 #include "experts.h"
 #include "mixing.h"
 #include "normalization.h"
 #include "private_layer.h"
 #include "sampling.h"
-#include "shared_layer.h"
 
 extern "C" {
 
@@ -66,20 +66,23 @@ void motserve_mix_weights(float* scores, int64_t n, int64_t G, int64_t E, float 
     mix_weights(scores, n, G, E, T, entropy);
 }
 
-void motserve_shared_layer(const float* members, const float* merge, const float* emit, const void* lin1,
-                           const void* lin2, const float* scale1, const float* scale2, float* answers, float* out,
-                           int64_t n, int64_t G, int64_t E, int64_t D, int64_t S, int32_t activation,
-                           int32_t weights) {
-    with_experts(lin1, lin2, scale1, scale2, D, S, activation, weights, [&](const auto& experts) {
-        shared_layer(experts, SharedLayer{n, G, E, members, merge, emit, answers, out});
-    });
+void motserve_private_layer(const PrivateLayer* layer) { private_layer(*layer); }
+
+// Numbers of float32 that a pass needs room for.
+int64_t motserve_decoder_room(const Decoder* decoder, const DecoderStep* step) {
+    Room room(nullptr);
+    PassMemory(*decoder, *step, room);
+    return room.taken;
 }
 
-void motserve_private_layer(const PrivateLayer* layer) {
-    const PrivateLayer& l = *layer;
-    if (l.weights == INT8) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
-    else if (l.weights != FLOAT32) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
-    else l.half ? private_layer<float, bf16>(l) : private_layer<float, float>(l);
+// Whether it was done: not where a row is of a token or a position that the model does not know.
+int32_t motserve_decode(const Decoder* decoder, const DecoderStep* step) {
+    if (!known_rows(*decoder, *step)) return 0;
+    Room room(step->room);
+    const PassMemory memory(*decoder, *step, room);
+    if (decoder->half) Pass<bf16>(*decoder, *step, memory).run();
+    else Pass<float>(*decoder, *step, memory).run();
+    return 1;
 }
 
 void motserve_routed(const float* x, const float* gates, const void* lin1, const void* lin2, const float* scale1,

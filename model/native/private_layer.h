@@ -248,4 +248,10 @@ void private_layer(const PrivateLayer& l) {
     add_up(pairs, l.answers, l.out, l.n, l.D);
 }
 
+inline void private_layer(const PrivateLayer& l) {
+    if (l.weights == INT8) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
+    else if (l.weights != FLOAT32) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
+    else l.half ? private_layer<float, bf16>(l) : private_layer<float, float>(l);
+}
+
 }  // namespace

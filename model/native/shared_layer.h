@@ -52,11 +52,10 @@ inline void all_weighted_sums(const float* weights, long sum, long term, const f
         weighted_sums<1>(weights + k * sum, sum, term, in, terms, apart, begin, end, sums + k * sums_apart, sums_apart);
 }
 
-// Members [n, G, D]; the weights that mix and those that redistribute [n, G, E]; room for answers [n, E, D]; out like
-// members.
+// Members [n, G, D]; the weights that mix and redistribute [n, G, E]; room for answers [n, E, D]; out like members.
 struct SharedLayer {
     long n, G, E;
-    const float *members, *merge, *emit;
+    const float *members, *weights;
     float *answers, *out;
 };
 
@@ -71,7 +70,7 @@ void shared_layer(const Experts<W>& experts, const SharedLayer& l) {
         for (long first = 0; first < l.E; first += TOGETHER) {
             const long count = std::min(TOGETHER, l.E - first);
             for (long g = 0; g < l.n; ++g)
-                all_weighted_sums(l.merge + g * l.G * l.E + first, 1, l.E, l.members + g * l.G * D, l.G, D, 0, D,
+                all_weighted_sums(l.weights + g * l.G * l.E + first, 1, l.E, l.members + g * l.G * D, l.G, D, 0, D,
                                   &mixes[g * TOGETHER * D], D, count);
             for (long e = 0; e < count; ++e) {
                 const auto from = row_pointers(static_cast<const float*>(&mixes[e * D]), l.n, TOGETHER * D);
@@ -82,7 +81,7 @@ void shared_layer(const Experts<W>& experts, const SharedLayer& l) {
 #pragma omp for collapse(2) schedule(static)
         for (long g = 0; g < l.n; ++g)
             for (long j = 0; j < D; j += columns)
-                all_weighted_sums(l.emit + g * l.G * l.E, l.E, 1, l.answers + g * l.E * D, l.E, D, j,
+                all_weighted_sums(l.weights + g * l.G * l.E, l.E, 1, l.answers + g * l.E * D, l.E, D, j,
                                   std::min(D, j + columns), l.out + g * l.G * D, D, l.G);
     }
 }

@@ -13,6 +13,7 @@ from model.memory import Workspace
 from model.mixing import ExpertBank
 from model.native import Kernels
 from model.native.arithmetic import NativeArithmetic
+from model.native.decoder import Company, NativeDecoder
 from model.token_choice import TokenChoice
 from model.transformer import Mix, Transformer
 from server.engine.batch import Batch, Wanted
@@ -26,21 +27,47 @@ class NativePass:
         self._model, self._fill, self._cache, self._tallies = model, fill, cache, tallies
         self._config, self._kernels = model.config, kernels
         self._workspace = Workspace()
+        self._decoder = NativeDecoder(model, fill, cache, kernels) if NativeDecoder.knows(model) else None
 
     def __call__(self, plan: Plan, groups: tuple[Group, ...]) -> tuple[Wanted, Tensor]:
-        """Public rows first. Public prompts attend together, all other rows one by one."""
-        batch, kernels = self._batch(plan.chunks), self._kernels
+        """Public rows first."""
+        batch = self._batch(plan.chunks)
         if not batch.rows:
             return [], torch.empty(0, self._config.vocab_size)
+        public = sum(chunk.length for chunk in plan.public)
+        decoder = self._decoder if all(chunk.decodes for chunk in plan.public) else None
+        if decoder is not None and decoder.prefers(public, len(groups)):
+            hidden = self._whole(decoder, batch, plan, groups)
+        else:
+            hidden = self._by_parts(batch, plan, groups)
+        wanted, rows = batch.wanted_rows()
+        public = sum(count for chunk, count in wanted if not chunk.sequence.private)
+        if len(rows) < batch.rows:
+            hidden = hidden[rows]
+        return wanted, self._model.logits(hidden, NativeArithmetic(self._kernels, shared=public))
+
+    def _whole(self, decoder: NativeDecoder, batch: Batch, plan: Plan, groups: tuple[Group, ...]) -> Tensor:
+        """Hidden states of rows that all attend one by one."""
+        size = self._config.group_size
+        company = Company.of(
+            [[*group.rows, *[-1] * (size - len(group.rows))] for group in groups],
+            [group.position for group in groups],
+            *self._batch(plan.private).privacy(),
+        )
+        single = self._single(batch, list(plan.chunks))
+        hidden = decoder(batch.ids(), batch.positions(), batch.slots(), single, company)
+        if self._config.is_grouped and plan.public:
+            self._tallies.shared(plan.public, groups, company.shared_entropy)
+        if self._config.is_grouped and plan.private:
+            self._tallies.private(plan.private, company.private_entropy)
+        return hidden
+
+    def _by_parts(self, batch: Batch, plan: Plan, groups: tuple[Group, ...]) -> Tensor:
+        """Hidden states. Public prompts attend together, all other rows one by one."""
+        kernels = self._kernels
         prompts = [chunk for chunk in plan.public if not chunk.decodes]
         alone = [chunk for chunk in plan.public if chunk.decodes] + list(plan.private)
-        single: SingleRows | None = None
-        if alone:
-            tables = batch.tables(alone)
-            if len(alone) < sum(chunk.length for chunk in alone):
-                tables = tables.repeat_interleave(batch.numbers([c.length for c in alone]), 0)
-            lengths = batch.numbers([end for c in alone for end in range(c.start + 1, c.end + 1)])
-            single = SingleRows(batch.rows_of(alone), tables, lengths)
+        single = self._single(batch, alone) if alone else None
         segments = batch.prompt_segments(prompts)
         attention = PagedAttention(self._cache, self._config, batch.slots(), segments, single, kernels)
         public = sum(chunk.length for chunk in plan.public)
@@ -50,16 +77,19 @@ class NativePass:
         if self._config.is_grouped:
             mix = _Both(public, shared, private, kernels, self._workspace)
         arithmetic = NativeArithmetic(kernels, shared=public)
-        hidden = self._model(batch.ids(), batch.positions(), attention, mix, arithmetic)
+        hidden: Tensor = self._model(batch.ids(), batch.positions(), attention, mix, arithmetic)
         if shared is not None:
             self._tallies.shared(plan.public, groups, shared.entropy)
         if private is not None:
             self._tallies.private(plan.private, private.entropy)
-        wanted, rows = batch.wanted_rows()
-        public = sum(count for chunk, count in wanted if not chunk.sequence.private)
-        if len(rows) < batch.rows:
-            hidden = hidden[rows]
-        return wanted, self._model.logits(hidden, NativeArithmetic(kernels, shared=public))
+        return hidden
+
+    def _single(self, batch: Batch, alone: list[Chunk]) -> SingleRows:
+        tables = batch.tables(alone)
+        if len(alone) < sum(chunk.length for chunk in alone):
+            tables = tables.repeat_interleave(batch.numbers([c.length for c in alone]), 0)
+        lengths = batch.numbers([end for c in alone for end in range(c.start + 1, c.end + 1)])
+        return SingleRows(batch.rows_of(alone), tables, lengths)
 
     def _batch(self, chunks: tuple[Chunk, ...]) -> Batch:
         return Batch(chunks, block_size=self._cache.block_size, device=self._model.device)

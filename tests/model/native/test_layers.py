@@ -13,7 +13,6 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.groups import Fill, PrivateRows, SharedGroups
-from model.memory import Workspace
 from model.mixing import ExpertBank, mixing_entropy, mixing_weights
 from model.native import Kernels
 from model.reference import ReferenceCrowd
@@ -157,62 +156,6 @@ def test_mix_weights(
     assert found is scores
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)  # at 1e-3 scores count a thousandfold
     torch.testing.assert_close(entropy - 1, mixing_entropy(wanted), atol=1e-4, rtol=1e-4)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    groups=st.integers(1, 4), size=st.integers(1, 9), experts=st.integers(1, 9), dtype=types,
-    widths=st.sampled_from([(18, 11), (64, 32), (416, 32)]), seed=st.integers(0, 100), reused=st.booleans(),
-)  # fmt: skip
-def test_shared_layer(
-    variant: Kernels, groups: int, size: int, experts: int, dtype: torch.dtype, widths: tuple[int, int], seed: int,
-    reused: bool,
-) -> None:  # fmt: skip
-    """As mixing, the bank and redistribution one after the other."""
-    width, hidden = widths
-    config = ModelConfig(
-        vocab_size=8, n_positions=6, n_embd=width, n_layer=1, n_head=2, group_size=size, n_expert=experts,
-        expert_size=hidden,
-    )  # fmt: skip
-    bank = ExpertBank(config).requires_grad_(False)
-    torch.manual_seed(seed)
-    bank.initialize(width**-0.5, 0.5)
-    bank.quantize() if dtype is torch.int8 else bank.to(dtype)
-    variant.arrange(bank)
-    members = random_of(groups, size, width, seed=seed)
-    merge = torch.softmax(random_of(groups, size, experts, seed=seed + 1, scale=3), 1)
-    emit = random_of(groups, size, experts, seed=seed + 2)
-    workspace = Workspace() if reused else None
-    found = [variant.shared_layer(members, merge, emit, bank, workspace) for _ in range(2)]
-    answers = variant.bank(torch.bmm(merge.transpose(1, 2), members).transpose(0, 1).contiguous(), bank)
-    wanted = torch.bmm(emit, answers.transpose(0, 1))
-    loose = 1e-4 if dtype is torch.float32 else 2e-2  # where mixes are rounded, the last bit of one counts
-    torch.testing.assert_close(found[0], wanted, atol=loose * max(1.0, float(wanted.abs().max())), rtol=loose)
-    assert torch.equal(*found), "whichever thread takes what"
-
-
-def test_few_groups_run_as_a_whole_layer(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And many, whose members would not stay in a cache, one part after the other."""
-    config = ModelConfig(
-        vocab_size=8, n_positions=6, n_embd=64, n_layer=1, n_head=2, group_size=4, n_expert=5, expert_size=32
-    )
-    bank, calls = ExpertBank(config).requires_grad_(False), []
-    bank.initialize(0.5, 0.5)
-    whole = kernels.shared_layer
-    monkeypatch.setattr(kernels, "shared_layer", lambda *given_: calls.append(given_) or whole(*given_))
-    fill = Fill.build("none", config, [bank], None)
-
-    def run(groups: int) -> Tensor:
-        rows = torch.arange(4 * groups)
-        positions = torch.zeros(groups, dtype=torch.int64)
-        mix = SharedGroups(config, fill, rows=rows, places=rows, positions=positions, largest=4, kernels=kernels)
-        return mix(0, bank, random_of(2400, 64)[: 4 * groups])
-
-    few = run(2)
-    assert len(calls) == 1
-    many = run(600)
-    assert len(calls) == 1
-    torch.testing.assert_close(many[:8], few, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fill", ["reference", "none"])
