@@ -5,8 +5,10 @@ Knows text and token ids, nothing of models or requests.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -23,6 +25,7 @@ class Tokenizer:
 
     def __init__(self, inner: _Tokenizer) -> None:
         self._inner = inner
+        self._written: dict[int, bytes] = {}  # by id, as they are met
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -75,6 +78,19 @@ class Tokenizer:
         text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def stream(self) -> TextStream:
+        """For one sequence's ids."""
+        return ByteStream(self) if isinstance(self._inner.decoder, decoders.ByteLevel) else WindowStream(self)
+
+    def written_bytes(self, token_id: int) -> bytes:
+        """What a byte-level tokenizer writes for a token, whatever stands before it: nothing for a special one."""
+        written = self._written.get(token_id)
+        if written is None:
+            added = self._inner.get_added_tokens_decoder().get(token_id)
+            written = b"" if added is not None and added.special else self.token_bytes(token_id)
+            self._written[token_id] = written
+        return written
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for: half a character is possible. Empty for an id the tokenizer lacks."""
         token = self._inner.id_to_token(token_id)
@@ -96,8 +112,32 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
-class IncrementalDecoder:
-    """Turns a stream of ids into a stream of text, never emitting part of a UTF-8 character.
+class TextStream(Protocol):
+    """Turns a stream of ids into a stream of text, never emitting part of a UTF-8 character."""
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this id; may be empty."""
+
+    def flush(self) -> str:
+        """What is left at the end, with a replacement character for bytes that never became a character."""
+
+
+class ByteStream:
+    """``TextStream`` of a byte-level tokenizer, which writes a token the same way after whatever others."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes_of = tokenizer.written_bytes
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._characters.decode(self._bytes_of(token_id))
+
+    def flush(self) -> str:
+        return self._characters.decode(b"", final=True)
+
+
+class WindowStream:
+    """``TextStream`` of any tokenizer.
 
     A window of recent ids is decoded again at each step, since a tokenizer may write a token differently after
     another. Replacement characters at the end of the window may be part of a character still to come and are withheld;
@@ -119,7 +159,6 @@ class IncrementalDecoder:
         return text[: max(len(text.rstrip(_REPLACEMENT)), len(text) - self._UNFINISHED)]
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this id; may be empty."""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
         certain, new = self._certain(text), ""
@@ -142,7 +181,6 @@ class IncrementalDecoder:
         self._ids, self._emitted = ids, self._certain(text)
 
     def flush(self) -> str:
-        """What is left at the end, with a replacement character for bytes that never became a character."""
         left = self._tokenizer.decode(self._ids)[len(self._emitted) :]
         self._ids, self._emitted = [], ""
         return left

@@ -5,14 +5,14 @@ Knows one sequence's ids and its stop strings, nothing of engines.
 
 from __future__ import annotations
 
-from model.tokenizer import IncrementalDecoder, Tokenizer
+from model.tokenizer import Tokenizer
 
 
 class Detokenizer:
     """Feed ids, receive text. Once a stop string has appeared, ``stopped`` names it and nothing more comes."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self._decoder = IncrementalDecoder(tokenizer)
+        self._decoder = tokenizer.stream()
         self._stop = stop
         self._held = ""  # text that may yet turn out to begin a stop string
         self.stopped: str | None = None

@@ -28,7 +28,8 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """The chunk ends where the sequence does, so that a next token follows from it."""
-        return self.end == len(self.sequence.token_ids) and self.sequence.sampling.max_tokens > 0
+        sequence = self.sequence
+        return self.start + self.length == len(sequence.token_ids) and sequence.sampling.max_tokens > 0
 
     @property
     def scores_prompt(self) -> bool:

@@ -98,13 +98,12 @@ class Receipt:
     group_fill: str
 
 
-@dataclass(frozen=True)
-class Delta:
-    """News of one sequence (``index`` within its request). ``text`` and ``token_ids`` are what is new; text may lag
+class Delta(NamedTuple):
+    """News of one sequence, by its index within the request. ``text`` and ``token_ids`` are what is new; text may lag
     behind ids while a character or a possible stop string is incomplete. ``prompt_logprobs`` comes once, with the
     first delta, and has None at its first place."""
 
-    index: int
+    sequence: int
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -166,7 +165,7 @@ class Sequence:
     """One running completion: token ids, KV blocks and how far they are computed."""
 
     def __init__(self, request: EngineRequest, index: int, arrival: int) -> None:
-        self.request = request
+        self.request, self.sampling, self.private = request, request.sampling, request.privacy is not None
         self.index = index
         self.arrival = arrival  # engine-wide admission order
         self.prompt = request.prompts[index // request.n]
@@ -183,14 +182,6 @@ class Sequence:
         # One stream per sequence: what is drawn depends on the seed and the place in the request alone.
         digest = hashlib.sha256(f"{seed}:{index}".encode()).digest() if seed is not None else None
         self.random = random.Random(int.from_bytes(digest, "big")) if digest else random.Random()
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return self.request.sampling
-
-    @property
-    def private(self) -> bool:
-        return self.request.privacy is not None
 
     @property
     def output_ids(self) -> list[int]:

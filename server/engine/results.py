@@ -91,7 +91,7 @@ class Results:
             receipt = self._receipt(sequence)
         first = sequence.output_length <= 1 and sequence.sampling.prompt_logprobs is not None
         return Delta(
-            index=sequence.index,
+            sequence=sequence.index,
             text=text,
             token_ids=(sampled.token_id,) if sampled else (),
             logprobs=(sampled.logprob,) if sampled and sampled.logprob else (),

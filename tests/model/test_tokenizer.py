@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models
 
 from model.errors import CheckpointError
-from model.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer
+from model.tokenizer import END_OF_TEXT, ByteStream, TextStream, Tokenizer, WindowStream
 
 TEXT = "The old sea and the old ship. Naïve café, 中国中国 and 日本; 🙂🙂 👩‍👩‍👧 and so on, and the end.\n" * 20
 REPLACEMENT = "\ufffd"
@@ -26,11 +26,16 @@ def tokenizer() -> Tokenizer:
 
 
 def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    decoder = IncrementalDecoder(tokenizer)
-    return [*[decoder.push(token_id) for token_id in ids], decoder.flush()]
+    """By the tokenizer's own way and by a window of ids, which does for any."""
+    streams: list[TextStream] = [tokenizer.stream(), WindowStream(tokenizer)]
+    found, others = ([*map(stream.push, ids), stream.flush()] for stream in streams)
+    assert "".join(found) == "".join(others)
+    assert found == others or any(REPLACEMENT in piece for piece in found)
+    return found
 
 
 def test_training_merges_bytes(tokenizer: Tokenizer) -> None:
+    assert isinstance(tokenizer.stream(), ByteStream)
     assert 257 < tokenizer.vocab_size <= 400
     assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 2
     assert tokenizer.id_of(END_OF_TEXT) == 0
@@ -142,6 +147,7 @@ def test_byte_fallback() -> None:
     inner = Inner(models.BPE(vocabulary, [], byte_fallback=True))
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = Tokenizer(inner)
+    assert isinstance(tokenizer.stream(), WindowStream)
     ids = [256, *"中🙂".encode(), 257, 256, *"éé".encode(), 256]
     assert tokenizer.decode(ids) == " a中🙂b aéé a"
     for stream in (ids, [256, *("中国🙂é" * 50).encode(), 256]):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
-from model.tokenizer import END_OF_TEXT, IncrementalDecoder, Tokenizer
+from model.tokenizer import END_OF_TEXT, TextStream, Tokenizer
 from server.engine.async_engine import AsyncEngine, EngineInfo, EngineStats, EngineStopped, StepStats
 from server.engine.request import Delta, EngineRequest, FinishReason, Privacy, Receipt, RequestError, TokenLogprob
 
@@ -85,7 +84,7 @@ class FakeEngine(AsyncEngine):
 
     async def _play(self, request: EngineRequest) -> AsyncIterator[list[Delta]]:
         count = len(request.prompts) * request.n
-        decoders = [IncrementalDecoder(self.tokenizer) if self.tokenizer else None for _ in range(count)]
+        decoders = [self.tokenizer.stream() if self.tokenizer else None for _ in range(count)]
         for place in range(max(1, request.sampling.max_tokens)):
             if place == self.fail_after:
                 raise self.failure
@@ -95,15 +94,15 @@ class FakeEngine(AsyncEngine):
             for index, decoder in enumerate(decoders):
                 yield [self._delta(request, index, place, decoder)]
 
-    def _delta(self, request: EngineRequest, index: int, place: int, decoder: IncrementalDecoder | None) -> Delta:
+    def _delta(self, request: EngineRequest, index: int, place: int, decoder: TextStream | None) -> Delta:
         sampling = request.sampling
         delta = Delta(index)
         if place == 0 and sampling.prompt_logprobs is not None:
             prompt = request.prompts[index // request.n]
             later = tuple(self._logprob(token, sampling.prompt_logprobs) for token in prompt[1:])
-            delta = replace(delta, prompt_logprobs=(None, *later))
+            delta = delta._replace(prompt_logprobs=(None, *later))
         if sampling.max_tokens == 0:
-            return replace(delta, finish_reason="length", receipt=self._receipt(request, index))
+            return delta._replace(finish_reason="length", receipt=self._receipt(request, index))
         token = self.script[place % len(self.script)]
         text = decoder.push(token) if decoder else ""
         finish: FinishReason | None = None
@@ -113,9 +112,9 @@ class FakeEngine(AsyncEngine):
             finish = "stop"
         if finish:
             text += decoder.flush() if decoder else ""
-            delta = replace(delta, finish_reason=finish, receipt=self._receipt(request, index))
+            delta = delta._replace(finish_reason=finish, receipt=self._receipt(request, index))
         logprobs = () if sampling.logprobs is None else (self._logprob(token, sampling.logprobs),)
-        return replace(delta, text=text, token_ids=(token,), logprobs=logprobs)
+        return delta._replace(text=text, token_ids=(token,), logprobs=logprobs)
 
     def _logprob(self, token: int, alternatives: int) -> TokenLogprob:
         """The chosen token is never the likeliest one."""
