@@ -18,9 +18,13 @@ extern "C" {
 
 void motserve_draw(const float* logits, int64_t rows, int64_t V, const float* temperature, const int64_t* top_k,
                    const float* top_p, const float* min_p, const double* uniform, int64_t* tokens) {
-#pragma omp parallel for schedule(dynamic, 1) if (rows > 1)
-    for (long r = 0; r < rows; ++r)
-        tokens[r] = draw(logits + r * V, V, temperature[r], top_k[r], top_p[r], min_p[r], uniform[r]);
+#pragma omp parallel if (rows > 1)
+    {
+        RowWeights weights;
+#pragma omp for schedule(dynamic, 1)
+        for (long r = 0; r < rows; ++r)
+            tokens[r] = draw(logits + r * V, V, temperature[r], top_k[r], top_p[r], min_p[r], uniform[r], weights);
+    }
 }
 
 void motserve_score(const float* logits, int64_t rows, int64_t V, const int64_t* tokens, int64_t k, float* chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ def _shares(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p:
 
 @settings(deadline=None, max_examples=300)
 @given(
-    size=st.integers(1, 300),
+    size=st.integers(1, 300) | st.sampled_from([511, 512, 513, 3000]),
     seed=st.integers(0, 10**6),
     scale=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
     temperature=st.sampled_from([0.01, 0.7, 1.0, 2.0]),
@@ -62,6 +63,28 @@ def test_draw(
     assert by_id[token] > 0 or top_p < 1
     assert draw(torch.cat((random_of(3, size, seed=seed + 1), logits)))[3] == token
     assert draw(logits, temperature=0.0) == [int((logits[0] == logits[0].max()).nonzero()[0])]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (0, 0.9, 0.0), (5, 0.9, 0.0), (0, 1.0, 0.1)])
+def test_what_is_not_a_number_draws_some_token(
+    kernels: Kernels, bad: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Of its own row: others are as they would be without it."""
+    logits = random_of(3, 700, seed=1)
+    columns = {"temperature": 0.8, "top_p": top_p, "min_p": min_p}
+
+    def draw(rows: Tensor) -> list[int]:
+        filled = {name: torch.full((3,), value) for name, value in columns.items()}
+        uniform = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+        return kernels.draw(rows, **filled, top_k=torch.full((3,), top_k), uniform=uniform).tolist()
+
+    wanted = draw(logits)
+    for places in (slice(5, 6), slice(0, 700)):
+        broken = logits.clone()
+        broken[1, places] = bad
+        found = draw(broken)
+        assert 0 <= found[1] < 700 and (found[0], found[2]) == (wanted[0], wanted[2])
 
 
 @settings(deadline=None, max_examples=60)
