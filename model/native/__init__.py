@@ -39,7 +39,7 @@ from model.native.compiler import build
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
 _PRIVATE_ROWS = 128  # at once: what is in between takes memory
-_FEW_MEMBERS = 2**16  # numbers of a step's groups that stay in a core's cache (256 KB)
+_FEW_MEMBERS = 2**18  # numbers of a step's groups that stay in a core's own caches (1 MB)
 _FEW_ROWS = 64  # until measured: about level with torch in float32
 _TRIED_ROWS = (4, 8, 16, 32, 64, 128, 256)
 _MEASURED_BYTES = 2**26  # of experts: beyond caches, and quickly done with

@@ -21,6 +21,8 @@ from server.engine.mixing_rows import private_rows, shared_groups
 from server.engine.plan import Chunk, Group, Plan
 from server.engine.tallies import Tallies
 
+_SHORT = 256  # positions: prompts within attend row by row in no more time than together
+
 
 class NativePass:
     def __init__(self, model: Transformer, fill: Fill, cache: PagedKVCache, tallies: Tallies, kernels: Kernels) -> None:
@@ -35,7 +37,8 @@ class NativePass:
         if not batch.rows:
             return [], torch.empty(0, self._config.vocab_size)
         public = sum(chunk.length for chunk in plan.public)
-        decoder = self._decoder if all(chunk.decodes for chunk in plan.public) else None
+        short = all(chunk.decodes or chunk.end <= _SHORT for chunk in plan.public)
+        decoder = self._decoder if short else None
         if decoder is not None and decoder.prefers(public, len(groups)):
             hidden = self._whole(decoder, batch, plan, groups)
         else:
@@ -63,7 +66,7 @@ class NativePass:
         return hidden
 
     def _by_parts(self, batch: Batch, plan: Plan, groups: tuple[Group, ...]) -> Tensor:
-        """Hidden states. Public prompts attend together, all other rows one by one."""
+        """Hidden states. Public prompts attend together, as long ones do in less time, all other rows one by one."""
         kernels = self._kernels
         prompts = [chunk for chunk in plan.public if not chunk.decodes]
         alone = [chunk for chunk in plan.public if chunk.decodes] + list(plan.private)

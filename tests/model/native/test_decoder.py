@@ -201,12 +201,12 @@ def test_what_goes_part_by_part() -> None:
 
 def test_when_it_is_the_way(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few groups: many, whose members would not stay in a cache, are mixed at once. And completed ones only."""
-    monkeypatch.setattr(kernels, "prefers_rows", lambda rows, weight: rows <= 5000)
+    monkeypatch.setattr(kernels, "prefers_rows", lambda rows, weight: rows <= 9000)
     monkeypatch.setattr(kernels, "prefers", lambda groups, bank: True)
     config = WHOLE["mot"]
     machine = Machine(kernels, config, torch.float32, "reference")
     assert machine.decoder.prefers(8, 2) and machine.decoder.prefers(0, 0)
-    assert not machine.decoder.prefers(2400, 600)
-    assert not machine.decoder.prefers(6000, 2)
+    assert not machine.decoder.prefers(8000, 2000)
+    assert not machine.decoder.prefers(10000, 2)
     alone = Machine(kernels, config, torch.float32, "none").decoder
     assert alone.prefers(0, 0) and not alone.prefers(8, 2)
