@@ -47,8 +47,9 @@ class EngineLoad:
 @dataclass(frozen=True)
 class EngineResult:
     """Medians over repeats. Decode rates are of steps in which nobody's prompt is computed any more and nobody has
-    finished, in a closed loop of all steps; ``shares`` are of those steps' time. ``whole_tokens_per_second``: of whole
-    runs, prompts included, as a client of the server counts them."""
+    finished, in a closed loop of all steps; ``shares`` are of those steps' time. Where short outputs end before the
+    last prompt is computed, they are of the steps in which the most decode: ``decoding`` says how many.
+    ``whole_tokens_per_second``: of whole runs, prompts included, as a client of the server counts them."""
 
     concurrency: int
     requests: int
@@ -58,6 +59,7 @@ class EngineResult:
     prefill_tokens_per_second: float
     step_seconds: float
     groups_per_step: float
+    decoding: float  # sequences a step
     shares: tuple[float, ...]  # one for each of ``PARTS``
     fraction_of_weight_reading: float  # of the steps a second that reading all weights once would allow
     limits: Limits  # as measured between the runs
@@ -123,9 +125,13 @@ def _run(engine: Engine, requests: Sequence[EngineRequest], at_once: int) -> lis
     return steps
 
 
+def _steady(run: list[StepStats]) -> list[StepStats]:
+    most = max(step.decode_tokens for step in run)
+    return [step for step in run if step.decode_tokens == most]
+
+
 def _result(load: EngineLoad, runs: list[list[StepStats]], limits: Limits, weights: int) -> EngineResult:
-    closed = load.requests is not None
-    decoding = [[step for step in run if closed or step.decode_tokens == load.concurrency] for run in runs]
+    decoding = [run if load.requests is not None else _steady(run) for run in runs]
     prefill = [[step for step in run if step.prefill_tokens] for run in runs]
     middle = statistics.median
     total = sum(step.seconds for run in decoding for step in run)
@@ -140,6 +146,7 @@ def _result(load: EngineLoad, runs: list[list[StepStats]], limits: Limits, weigh
         middle(sum(s.prefill_tokens for s in run) / sum(s.seconds for s in run) for run in prefill),
         seconds,
         middle(step.public_groups for run in decoding for step in run),
+        middle(step.decode_tokens for run in decoding for step in run),
         tuple(shares),
         weights / limits.bandwidth / seconds,
         limits,

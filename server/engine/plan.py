@@ -8,7 +8,7 @@ from functools import cached_property
 from server.engine.request import Sequence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """``length`` tokens of one sequence from position ``start`` on, whose keys and values this step computes."""
 

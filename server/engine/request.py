@@ -144,21 +144,25 @@ class MixingPart(NamedTuple):
     entropy: float
 
 
-@dataclass
+_NOTHING = MixingPart(0, 0.0, 0.0, 0.0)
+
+
+@dataclass(slots=True)
 class MixingTally:
-    """What stands behind a receipt, part by part: sums of the same parts in the same order are the same bits."""
+    """What stands behind a receipt, added up part by part: the same parts in the same order are the same bits."""
 
-    parts: list[MixingPart] = field(default_factory=list)
+    tokens: int = 0
+    live: float = 0.0
+    reference: float = 0.0
+    entropy: float = 0.0
+    last: MixingPart = _NOTHING
 
-    def add(self, tokens: int, live: float, reference: float, entropy: float) -> None:
-        """Sums over ``tokens`` rows."""
-        self.parts.append(MixingPart(tokens, live, reference, entropy))
-
-    def total(self) -> MixingPart:
-        if not self.parts:
-            return MixingPart(0, 0.0, 0.0, 0.0)
-        tokens, live, reference, entropy = (sum(column) for column in zip(*self.parts, strict=True))
-        return MixingPart(int(tokens), live, reference, entropy)
+    def add(self, part: MixingPart) -> None:
+        self.tokens += part.tokens
+        self.live += part.live
+        self.reference += part.reference
+        self.entropy += part.entropy
+        self.last = part
 
 
 class Sequence:

@@ -28,7 +28,7 @@ class Results:
     ) -> None:
         self._scheduler, self._sampler, self._tokenizer = scheduler, sampler, tokenizer
         self._temperature, self._group_fill = temperature, group_fill
-        self._texts: dict[Sequence, Detokenizer] = {}
+        self._texts: dict[Sequence, tuple[set[int], Detokenizer | None]] = {}  # and the tokens that end them
 
     def update(self, plan: Plan, logits: StepLogits, tokens: list[SampledToken]) -> Iterator[tuple[Sequence, Delta]]:
         """Append ``tokens`` (one for each of ``plan.sampling``), finish what ended, and say what is new."""
@@ -49,30 +49,34 @@ class Results:
         self._texts.pop(sequence, None)
 
     def _append(self, sequence: Sequence, sampled: SampledToken) -> Delta:
-        params = sequence.sampling
-        sequence.token_ids.append(sampled.token_id)
-        settled = sequence.output_length >= params.min_tokens
-        ended = settled and sampled.token_id in self._sampler.ends(params)
-        text, stopped = ("", None) if ended else self._push(sequence, sampled.token_id, may_stop=settled)
+        params, token_id = sequence.sampling, sampled.token_id
+        sequence.token_ids.append(token_id)
+        length = sequence.output_length
+        ends, detokenizer = self._open(sequence)
+        settled = length >= params.min_tokens
+        text = ""
         reason: FinishReason | None = None
-        stop_reason: str | int | None = stopped
-        if ended:
+        stop_reason: str | int | None = None
+        if settled and token_id in ends:
             reason = "stop"
-            stop_reason = sampled.token_id if sampled.token_id in params.stop_token_ids else None
-        elif stopped is not None:
-            reason = "stop"
-        elif sequence.output_length >= params.max_tokens:
-            reason = "length"
+            stop_reason = token_id if token_id in params.stop_token_ids else None
+        else:
+            if detokenizer is not None:
+                text, stop_reason = detokenizer.push(token_id, may_stop=settled), detokenizer.stopped
+            if stop_reason is not None:
+                reason = "stop"
+            elif length >= params.max_tokens:
+                reason = "length"
         return self._delta(sequence, sampled, text=text, reason=reason, stop_reason=stop_reason)
 
-    def _push(self, sequence: Sequence, token_id: int, *, may_stop: bool) -> tuple[str, str | None]:
-        """New text, and the stop string that it completed."""
-        if self._tokenizer is None:
-            return "", None
-        if sequence not in self._texts:
-            self._texts[sequence] = Detokenizer(self._tokenizer, sequence.sampling.stop)
-        detokenizer = self._texts[sequence]
-        return detokenizer.push(token_id, may_stop=may_stop), detokenizer.stopped
+    def _open(self, sequence: Sequence) -> tuple[set[int], Detokenizer | None]:
+        """The tokens that end a sequence that has tokens to come, and its text so far."""
+        found = self._texts.get(sequence)
+        if found is None:
+            params, tokenizer = sequence.sampling, self._tokenizer
+            text = Detokenizer(tokenizer, params.stop) if tokenizer is not None else None
+            found = self._texts[sequence] = (self._sampler.ends(params), text)
+        return found
 
     def _delta(
         self,
@@ -85,24 +89,24 @@ class Results:
     ) -> Delta:
         receipt = None
         if reason is not None:
-            detokenizer = self._texts.pop(sequence, None)
+            _, detokenizer = self._texts.pop(sequence, (None, None))
             text += detokenizer.finish() if detokenizer is not None else ""
             self._scheduler.finish(sequence)
             receipt = self._receipt(sequence)
-        first = sequence.output_length <= 1 and sequence.sampling.prompt_logprobs is not None
+        first = sequence.sampling.prompt_logprobs is not None and sequence.output_length <= 1
         return Delta(
-            sequence=sequence.index,
-            text=text,
-            token_ids=(sampled.token_id,) if sampled else (),
-            logprobs=(sampled.logprob,) if sampled and sampled.logprob else (),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else None,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-            receipt=receipt,
+            sequence.index,
+            text,
+            (sampled.token_id,) if sampled else (),
+            (sampled.logprob,) if sampled and sampled.logprob else (),
+            tuple(sequence.prompt_logprobs) if first else None,
+            reason,
+            stop_reason,
+            receipt,
         )
 
     def _receipt(self, sequence: Sequence) -> Receipt:
-        tally, privacy = sequence.tally.total(), sequence.request.privacy
+        tally, privacy = sequence.tally, sequence.request.privacy
         mean = 1 / tally.tokens if tally.tokens else 0.0  # a dense model tallies nothing
         return Receipt(
             private=privacy is not None,

@@ -20,7 +20,7 @@ from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
 from server.engine.plan import Chunk, Plan, Swap
 from server.engine.prefix_cache import PrefixCache
-from server.engine.request import EngineRequest, MixingPart, Sequence, Status
+from server.engine.request import EngineRequest, Sequence, Status
 
 PRIVATE_CHUNK = 64  # tokens of a private prompt computed at once
 
@@ -164,7 +164,8 @@ class Scheduler:
         elif sequence.shared:
             sequence.computed = len(sequence.shared) * self.prefixes.unit
             self._reused += sequence.computed
-            sequence.tally.parts.extend(self.prefixes.parts_of(sequence.shared))
+            for part in self.prefixes.parts_of(sequence.shared):
+                sequence.tally.add(part)
         sequence.status = Status.RUNNING
         self._running.append(sequence)
 
@@ -243,8 +244,7 @@ class Scheduler:
             return
         first, last = (self.blocks.blocks_for(place) for place in (chunk.start, chunk.end))
         blocks = tuple(sequence.block_table[first:last])
-        part = sequence.tally.parts[-1] if sequence.tally.parts else MixingPart(0, 0.0, 0.0, 0.0)  # dense: none
-        if self.prefixes.offer(sequence.prefix_keys[number], blocks, part):
+        if self.prefixes.offer(sequence.prefix_keys[number], blocks, sequence.tally.last):
             sequence.shared.append(sequence.prefix_keys[number])
 
     def finish(self, sequence: Sequence) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from server.engine.plan import Chunk, Group
+from server.engine.request import MixingPart
 
 
 class Tallies:
@@ -37,12 +38,13 @@ class Tallies:
         self._due.clear()
 
     def _add_shared(self, chunks: Sequence[Chunk], groups: Sequence[Group], entropy: Tensor) -> None:
-        owner = [chunk for chunk in chunks for _ in range(chunk.length)]
+        owner = [chunk.sequence.tally for chunk in chunks for _ in range(chunk.length)]
         for group, value in zip(groups, (entropy / self._layers).tolist(), strict=True):
             live = len(group.rows)
             reference = self._size - live if self._filled else 0
+            part = MixingPart(1, live, reference, value)
             for row in group.rows:
-                owner[row].sequence.tally.add(1, live, reference, value)
+                owner[row].add(part)
 
     def _add_private(self, chunks: Sequence[Chunk], entropy: Tensor) -> None:
         reference = self._size - 1 if self._filled else 0
@@ -50,7 +52,7 @@ class Tallies:
         row = 0
         for chunk in chunks:
             spent = sum(each[row : row + chunk.length])
-            chunk.sequence.tally.add(chunk.length, chunk.length, reference * chunk.length, spent)
+            chunk.sequence.tally.add(MixingPart(chunk.length, chunk.length, reference * chunk.length, spent))
             row += chunk.length
 
     def _to_host(self, entropy: Tensor) -> Tensor:

@@ -60,6 +60,17 @@ def test_each_end_lets_the_next_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.requests == 10 and result.whole_tokens_per_second >= result.output_tokens_per_second > 0
 
 
+def test_outputs_that_end_before_the_last_prompt() -> None:
+    """Then never all decode at once: what counts is the steps in which the most do, and how many that was is said."""
+    engine = load(Settings(model=GOLDEN, prefill_tokens=4)).engine.direct
+    loads = [EngineLoad(3, 0.0, 9, 1), EngineLoad(2, 0.0, 1, 4)]
+    early, usual = bench_engine(
+        engine, loads, Machine(torch.device("cpu"), torch.float32), Privacy(0.05, 0.0), repeats=2
+    )
+    assert early.decoding < 3 and early.step_seconds > 0
+    assert usual.decoding == 2 and usual.output_tokens_per_second > 0
+
+
 def test_requests_of_a_command() -> None:
     found = CliRunner().invoke(app, ["bench", "engine", "--concurrency", "2,3", "--requests", "7", *SIZES])
     assert found.exit_code == 0, found.output
