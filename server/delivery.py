@@ -144,9 +144,9 @@ class EventStream(Response):
             choices = answer.add(delta)
             return b"".join(self._event(c, last=answer.finished and c is choices[-1]) for c in choices)
         answer.count(delta)
-        template = self._templates.get(delta.sequence)
+        template = self._templates.get(delta.sequence_index)
         if template is None:
-            template = self._templates[delta.sequence] = self._template(delta.sequence)
+            template = self._templates[delta.sequence_index] = self._template(delta.sequence_index)
         return template.event(delta.text, delta.token_ids)
 
     def _template(self, index: int) -> EventTemplate:

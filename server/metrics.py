@@ -172,10 +172,10 @@ class RequestTimer:
         """News that have come at once."""
         now = time.perf_counter()
         for delta in deltas:
-            since = self._last.get(delta.sequence)
+            since = self._last.get(delta.sequence_index)
             self._metrics.on_delta(delta, since, now - (self._start if since is None else since))
             if delta.token_ids:
-                self._last[delta.sequence] = now
+                self._last[delta.sequence_index] = now
 
 
 class LoopHistogram(Collector):

@@ -43,19 +43,19 @@ class Answer:
         """The choices that ``delta`` has to show: none while text is held back, two where a role comes first."""
         self.count(delta)
         if delta.finish_reason is not None:
-            self._open.discard(delta.sequence)
+            self._open.discard(delta.sequence_index)
         if delta.receipt is not None:
             self._receipts.append(delta.receipt)
         choices = self._chat_choices(delta) if self._job.chat else self._completion_choices(delta)
         if choices:
-            self._begun.add(delta.sequence)
+            self._begun.add(delta.sequence_index)
         return choices
 
     def continues(self, delta: Delta) -> bool:
         """Whether ``delta`` shows as ``continuation`` and changes nothing but the count of tokens: most do."""
         return (
             delta.finish_reason is None
-            and delta.sequence in self._begun
+            and delta.sequence_index in self._begun
             and self._job.logprobs is None
             and (bool(delta.text) or (self._job.token_ids and not self._job.chat and bool(delta.token_ids)))
         )
@@ -118,38 +118,40 @@ class Answer:
         return delta.logprobs if self._job.logprobs is not None else ()
 
     def _completion_choices(self, delta: Delta) -> list[Json]:
-        first = delta.sequence not in self._begun
+        first = delta.sequence_index not in self._begun
         text, logprobs = delta.text, None
         if first:
-            self._offsets[delta.sequence] = TextOffsets()
+            self._offsets[delta.sequence_index] = TextOffsets()
         if first and self._job.echo_texts is not None:
-            echo = self._job.echo_texts[delta.sequence // self._job.request.n]
-            self._offsets[delta.sequence] = TextOffsets(len(echo))
+            echo = self._job.echo_texts[delta.sequence_index // self._job.request.n]
+            self._offsets[delta.sequence_index] = TextOffsets(len(echo))
             text = echo + text
             if delta.prompt_logprobs is not None:
-                logprobs = prompt_logprobs(self._vocabulary, self._prompt(delta.sequence), delta.prompt_logprobs, echo)
+                logprobs = prompt_logprobs(
+                    self._vocabulary, self._prompt(delta.sequence_index), delta.prompt_logprobs, echo
+                )
         if not text and logprobs is None and not self._shows(delta):
             return []
         if self._logprobs_of(delta):
-            new = completion_logprobs(self._vocabulary, delta.logprobs, self._offsets[delta.sequence])
+            new = completion_logprobs(self._vocabulary, delta.logprobs, self._offsets[delta.sequence_index])
             logprobs = _join_logprobs([logprobs, new])
-        choice: Json = {"index": delta.sequence, "text": text, "logprobs": logprobs}
+        choice: Json = {"index": delta.sequence_index, "text": text, "logprobs": logprobs}
         self._finish(choice, delta, first)
         return [choice]
 
     def _chat_choices(self, delta: Delta) -> list[Json]:
         choices: list[Json] = []
-        first = delta.sequence not in self._begun
+        first = delta.sequence_index not in self._begun
         if first:
             role = {"role": "assistant", "content": ""}
-            choices.append({"index": delta.sequence, "delta": role, "logprobs": None, "finish_reason": None})
+            choices.append({"index": delta.sequence_index, "delta": role, "logprobs": None, "finish_reason": None})
             if self._job.token_ids:
-                choices[0]["prompt_token_ids"] = list(self._prompt(delta.sequence))
+                choices[0]["prompt_token_ids"] = list(self._prompt(delta.sequence_index))
         if self._shows(delta):
             entries = self._logprobs_of(delta)
             logprobs = chat_logprobs(self._vocabulary, entries) if entries else None
             content = {"content": delta.text} if delta.text else {}
-            choice: Json = {"index": delta.sequence, "delta": content, "logprobs": logprobs}
+            choice: Json = {"index": delta.sequence_index, "delta": content, "logprobs": logprobs}
             self._finish(choice, delta, first=False)
             choices.append(choice)
         return choices
@@ -160,7 +162,7 @@ class Answer:
         if self._job.token_ids:
             choice["token_ids"] = list(delta.token_ids)
             if first:
-                choice["prompt_token_ids"] = list(self._prompt(delta.sequence))
+                choice["prompt_token_ids"] = list(self._prompt(delta.sequence_index))
         if delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
             choice["mot"] = _receipt(delta.receipt) if delta.receipt is not None else None

@@ -38,7 +38,6 @@ from model.native.compiler import build
 
 _FEW_GROUPS = 8  # until measured: about level with torch.bmm
 _TRIED_GROUPS = (2, 4, 8, 12, 16, 24, 32)
-_PRIVATE_ROWS = 128  # at once: what is in between takes memory
 _FEW_MEMBERS = 2**18  # numbers of a step's groups that stay in a core's own caches (1 MB)
 _FEW_ROWS = 64  # until measured: about level with torch in float32
 _TRIED_ROWS = (4, 8, 16, 32, 64, 128, 256)
@@ -64,6 +63,7 @@ class Kernels:
         self._bank = function(loaded, "motserve_bank", [pointer] * 6 + [wide] * 6 + [number] * 2)
         self._mix_weights = function(loaded, "motserve_mix_weights", [pointer] + [wide] * 3 + [ctypes.c_float, pointer])
         self._private = function(loaded, "motserve_private_layer", [ctypes.POINTER(PrivateLayer)])
+        self._private_rows = function(loaded, "motserve_private_rows", [], wide)
         self._routed = function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
         self._keep = function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
         self._attend = function(loaded, "motserve_attend", [pointer, wide] + [pointer] * 5 + [wide] * 5 + [number])
@@ -222,27 +222,22 @@ class Kernels:
         assert members.is_contiguous() and scores.is_contiguous() and scores.dtype is torch.float32
         lin1, lin2, scale1, scale2 = experts_at(bank)
         rows, width = x.shape
-        for first in range(0, max(rows, 1), _PRIVATE_ROWS):  # groups count without rows too
-            part = slice(first, first + _PRIVATE_ROWS)
-            count = min(rows - first, _PRIVATE_ROWS)
-            room = (count * bank.lin1.shape[0], width)
-            layer = PrivateLayer(
-                n=count, D=width, E=bank.lin1.shape[0], S=bank.lin1.shape[2],
-                places=members.shape[0] if crowd is not None else 1,
-                members=members.shape[1] if crowd is not None else 0, rivals=rivals,
-                activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
-                gated=bank.gated, weights=self.weights_kind(bank), half=is_half(members),
-                x=x[part].data_ptr(), own=own[part].data_ptr(), crowd=members.data_ptr(),
-                crowd_scores=scores.data_ptr(), positions=positions[part].data_ptr(),
-                temperatures=temperatures[part].data_ptr(), skip_below=skip_below[part].data_ptr(),
-                live=live[part].data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2,
-                out=out[part].data_ptr(), entropy=entropy[part].data_ptr(), used=used[part].data_ptr(),
-                groups=mixes.shape[1] if first == 0 else 0, experts_apart=mixes.stride(0),
-                groups_apart=mixes.stride(1), mixes=mixes.data_ptr(), outputs=outputs.data_ptr(),
-                answers=self._scratch.take("answers", room).data_ptr(),
-                mixed=self._scratch.take("mixed", room).data_ptr() if bank.in_tiles else None,
-            )  # fmt: skip
-            self._private(ctypes.byref(layer))
+        room = (min(rows, self._private_rows()) * bank.lin1.shape[0], width)
+        layer = PrivateLayer(
+            n=rows, D=width, E=bank.lin1.shape[0], S=bank.lin1.shape[2],
+            places=members.shape[0] if crowd is not None else 1,
+            members=members.shape[1] if crowd is not None else 0, rivals=rivals,
+            activation=activation_kind(bank.activation), over_experts=bank.over_experts, discrete=bank.discrete,
+            gated=bank.gated, weights=self.weights_kind(bank), half=is_half(members),
+            x=x.data_ptr(), own=own.data_ptr(), crowd=members.data_ptr(), crowd_scores=scores.data_ptr(),
+            positions=positions.data_ptr(), temperatures=temperatures.data_ptr(), skip_below=skip_below.data_ptr(),
+            live=live.data_ptr(), lin1=lin1, lin2=lin2, scale1=scale1, scale2=scale2,
+            out=out.data_ptr(), entropy=entropy.data_ptr(), used=used.data_ptr(),
+            groups=mixes.shape[1], experts_apart=mixes.stride(0), groups_apart=mixes.stride(1),
+            mixes=mixes.data_ptr(), outputs=outputs.data_ptr(), answers=self._scratch.take("answers", room).data_ptr(),
+            mixed=self._scratch.take("mixed", room).data_ptr() if bank.in_tiles else None,
+        )  # fmt: skip
+        self._private(ctypes.byref(layer))
         return out, outputs
 
     def routed(self, x: Tensor, gates: Tensor, bank: ExpertBank) -> Tensor:

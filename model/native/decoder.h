@@ -28,7 +28,7 @@ struct DecoderLayer {
     const void* controller;  // [D, E]
     const void *lin1, *lin2;
     const float *scale1, *scale2;
-    const void* crowd;          // [places, G, D]; null: private rows have no company, and every group is full
+    const void* crowd;          // [places, G, D]; null: private rows have no company, and there are no groups
     const float* crowd_scores;  // [places, E, G]
 };
 
@@ -71,8 +71,6 @@ inline bool known_rows(const Decoder& d, const DecoderStep& s) {
             return false;
     return true;
 }
-
-constexpr long PRIVATE_ROWS = 128;  // at once: what is in between takes memory
 
 // Memory of a pass, part after part; without any, only the sizes are added up.
 class Room {
@@ -208,24 +206,20 @@ class Pass {
             for (long e = 0; e < E; e += TOGETHER)
                 all_weighted_sums(m.scores + group * G * E + e, 1, E, m.members + group * G * D, G, D, 0, D,
                                   m.mixes + e * apart + group * D, apart, std::min(TOGETHER, E - e));
-        for (long first = s.shared; first < s.rows; first += PRIVATE_ROWS) {
-            const long own = first - s.shared, count = std::min<long>(s.rows - first, PRIVATE_ROWS);
-            PrivateLayer part{};
-            part.n = count, part.D = D, part.E = E, part.S = d.hidden;
-            part.places = d.places, part.members = layer.crowd == nullptr ? 0 : G, part.rivals = d.rivals;
-            part.activation = d.activation, part.weights = d.experts, part.half = d.crowd_half;
-            part.x = m.normed + first * D, part.own = m.own + first * E;
-            part.crowd = layer.crowd, part.crowd_scores = layer.crowd_scores;
-            part.positions = s.positions + first, part.live = s.live + own;
-            part.temperatures = s.temperatures + own, part.skip_below = s.skip_below + own;
-            part.lin1 = layer.lin1, part.lin2 = layer.lin2, part.scale1 = layer.scale1, part.scale2 = layer.scale2;
-            part.out = m.next + first * D;
-            part.entropy = s.private_entropy + own, part.used = s.used + own;
-            part.groups = own == 0 ? s.groups : 0, part.experts_apart = apart, part.groups_apart = D;
-            part.mixes = m.mixes, part.outputs = m.answers;
-            part.answers = m.private_answers, part.mixed = m.mixed;
-            private_layer(part);
-        }
+        PrivateLayer own{};
+        own.n = s.rows - s.shared, own.D = D, own.E = E, own.S = d.hidden;
+        own.places = d.places, own.members = layer.crowd == nullptr ? 0 : G, own.rivals = d.rivals;
+        own.activation = d.activation, own.weights = d.experts, own.half = d.crowd_half;
+        own.x = m.normed + s.shared * D, own.own = m.own + s.shared * E, own.out = m.next + s.shared * D;
+        own.crowd = layer.crowd, own.crowd_scores = layer.crowd_scores;
+        own.positions = s.positions + s.shared, own.live = s.live;
+        own.temperatures = s.temperatures, own.skip_below = s.skip_below;
+        own.lin1 = layer.lin1, own.lin2 = layer.lin2, own.scale1 = layer.scale1, own.scale2 = layer.scale2;
+        own.entropy = s.private_entropy, own.used = s.used;
+        own.groups = s.groups, own.experts_apart = apart, own.groups_apart = D;
+        own.mixes = m.mixes, own.outputs = m.answers;
+        own.answers = m.private_answers, own.mixed = m.mixed;
+        private_layer(own);
 #pragma omp parallel for collapse(2) schedule(static) if (s.groups > 0)
         for (long group = 0; group < s.groups; ++group)
             for (long j = 0; j < D; j += 8 * LANES)

@@ -72,6 +72,9 @@ void motserve_mix_weights(float* scores, int64_t n, int64_t G, int64_t E, float 
 
 void motserve_private_layer(const PrivateLayer* layer) { private_layer(*layer); }
 
+// How many private rows are computed at once.
+int64_t motserve_private_rows() { return PRIVATE_ROWS; }
+
 // Numbers of float32 that a pass needs room for.
 int64_t motserve_decoder_room(const Decoder* decoder, const DecoderStep* step) {
     Room room(nullptr);

@@ -38,7 +38,8 @@ struct PrivateLayer {
     int64_t experts_apart, groups_apart;
     const float* mixes;  // [E, groups, D]
     float* outputs;      // the same
-    float *answers, *mixed;  // room for [n * E, D] each, the latter only where experts are in tiles
+    // Room for [rows * E, D] each, of as many rows as are computed at once; the latter only where experts are in tiles.
+    float *answers, *mixed;
 };
 }
 
@@ -248,10 +249,25 @@ void private_layer(const PrivateLayer& l) {
     add_up(pairs, l.answers, l.out, l.n, l.D);
 }
 
-inline void private_layer(const PrivateLayer& l) {
+constexpr long PRIVATE_ROWS = 128;  // at once: what is in between takes memory
+
+inline void some_private_rows(const PrivateLayer& l) {
     if (l.weights == INT8) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
     else if (l.weights != FLOAT32) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
     else l.half ? private_layer<float, bf16>(l) : private_layer<float, float>(l);
+}
+
+// Any number of rows; groups count without rows too.
+inline void private_layer(const PrivateLayer& l) {
+    for (long first = 0; first == 0 || first < l.n; first += PRIVATE_ROWS) {
+        PrivateLayer part = l;
+        part.n = std::min<long>(l.n - first, PRIVATE_ROWS);
+        part.x += first * l.D, part.own += first * l.E, part.out += first * l.D;
+        part.positions += first, part.temperatures += first, part.skip_below += first, part.live += first;
+        part.entropy += first, part.used += first;
+        if (first > 0) part.groups = 0;
+        some_private_rows(part);
+    }
 }
 
 }  // namespace

@@ -103,7 +103,7 @@ class Engine:
     def _forget_finished(self, news: list[tuple[str, Delta]]) -> None:
         for request_id, delta in news:
             if delta.finish_reason is not None:
-                left = [s for s in self._sequences[request_id] if s.index != delta.sequence]
+                left = [s for s in self._sequences[request_id] if s.index != delta.sequence_index]
                 if left:
                     self._sequences[request_id] = left
                 else:

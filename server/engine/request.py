@@ -99,11 +99,11 @@ class Receipt:
 
 
 class Delta(NamedTuple):
-    """News of one sequence, by its index within the request. ``text`` and ``token_ids`` are what is new; text may lag
+    """News of one sequence of a request. ``text`` and ``token_ids`` are what is new; text may lag
     behind ids while a character or a possible stop string is incomplete. ``prompt_logprobs`` comes once, with the
     first delta, and has None at its first place."""
 
-    sequence: int
+    sequence_index: int
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()

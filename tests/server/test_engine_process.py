@@ -38,7 +38,7 @@ def requests() -> list[EngineRequest]:
 async def answers(engine: AsyncEngine) -> list[list[Delta]]:
     async def one(request: EngineRequest) -> list[Delta]:
         found = [delta async for deltas in engine.submit(request) for delta in deltas]
-        return sorted(found, key=lambda delta: delta.sequence)
+        return sorted(found, key=lambda delta: delta.sequence_index)
 
     engine.start()
     try:

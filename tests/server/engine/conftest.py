@@ -97,8 +97,10 @@ def drive_engine() -> Callable[..., dict[str, list[Delta]]]:
 
 
 @pytest.fixture(params=["plain", "native"])
-def kernels(request: pytest.FixtureRequest) -> Kernels | None:
-    """Both ways to compute on a CPU; the native one wherever there is a compiler."""
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernels | None:
+    """Both ways to compute on a CPU; the native one wherever there is a compiler. Of its steps, those with longer
+    public prompts go part by part, the others in one pass."""
+    monkeypatch.setattr("server.engine.native_pass._SHORT", 40)
     return None if request.param == "plain" else _native()
 
 

@@ -40,7 +40,7 @@ def test_golden_logits(folder: Path) -> None:
         for delta in drive(engine, [request])[case]:
             for place, entry in enumerate(delta.prompt_logprobs or ()):
                 for token, value in entry.top if entry is not None else ():
-                    assert abs(value - wanted[delta.sequence, place - 1, token].item()) < 1e-4
+                    assert abs(value - wanted[delta.sequence_index, place - 1, token].item()) < 1e-4
 
 
 @pytest.mark.parametrize("name", CONFIGS)

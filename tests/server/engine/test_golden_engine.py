@@ -42,4 +42,4 @@ def test_prompt_logprobs(folder: Path, case: str, prefill_tokens: int, way: dict
         for position, found in enumerate(delta.prompt_logprobs[1:]):
             assert found is not None
             for token, value in (*found.top, (found.token_id, found.logprob)):
-                assert abs(value - wanted[delta.sequence, position, token].item()) < 1e-4
+                assert abs(value - wanted[delta.sequence_index, position, token].item()) < 1e-4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.native import Kernels
+from server.engine.native_pass import NativePass
 from server.engine.request import Delta, EngineRequest, SamplingParams
 from tests.server.engine.traffic import SMALL, Outcome, alone, answer, random_requests, run
 
@@ -58,7 +61,13 @@ def test_two_thousand_private_answers(dtype: torch.dtype, kernels: Kernels | Non
     assert hits > 10 and swaps > 10, "the schedules are too tame to show anything"
 
 
-def test_private_answers_are_functions_of_their_requests(kernels: Kernels | None, build_engine: Any) -> None:
+def test_private_answers_are_functions_of_their_requests(
+    kernels: Kernels | None, build_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: Counter[str] = Counter()
+    for name in ("_whole", "_by_parts"):
+        monkeypatch.setattr(NativePass, name, _counted(taken, name))
+
     @given(st.integers(0, 2**32))
     @settings(max_examples=6, deadline=None)
     def check(seed: int) -> None:
@@ -69,6 +78,17 @@ def test_private_answers_are_functions_of_their_requests(kernels: Kernels | None
         _compare(outcome, requests, build_engine(SMALL, dtype, kernels=kernels))
 
     check()
+    assert kernels is None or min(taken["_whole"], taken["_by_parts"]) > 20, "both ways lead to the same bits"
+
+
+def _counted(taken: Counter[str], name: str) -> Callable[..., Any]:
+    way = getattr(NativePass, name)
+
+    def counted(*given_: Any) -> Any:
+        taken[name] += 1
+        return way(*given_)
+
+    return counted
 
 
 def _other_contents(requests: list[EngineRequest], rng: random.Random) -> list[EngineRequest]:

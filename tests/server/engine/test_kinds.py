@@ -56,11 +56,11 @@ def test_the_engine_computes_what_the_trainer_does(
     privacy = Privacy(config.temperature, 0.0) if private else None
     request = EngineRequest("a", tuple(map(tuple, prompts)), sampling, privacy=privacy)
     deltas: list[Delta] = drive_engine(engine, [request])["a"]
-    said = [[t for d in deltas if d.sequence == row for t in d.token_ids] for row in range(4)]
+    said = [[t for d in deltas if d.sequence_index == row for t in d.token_ids] for row in range(4)]
     assert [len(tokens) for tokens in said] == [8] * 4
     wanted = trainers_logits(model, torch.tensor([p + tokens for p, tokens in zip(prompts, said, strict=True)]))
     for row in range(4):
-        mine = [delta for delta in deltas if delta.sequence == row]
+        mine = [delta for delta in deltas if delta.sequence_index == row]
         entries = [*(mine[0].prompt_logprobs or ())[1:], *(entry for delta in mine for entry in delta.logprobs)]
         assert len(entries) == 18
         for position, found in enumerate(entries):
@@ -125,6 +125,6 @@ def test_public_answers_of_expert_choice_depend_on_companions(build_engine: Any,
     for other in ((1, 2, 3), (4, 5, 6)):
         request = EngineRequest("a", ((1, 2, 3), other), sampling)
         deltas = drive_engine(build_engine(_ODD["expert-choice"]), [request])["a"]
-        answers.append([d.logprobs for d in deltas if d.sequence == 0])
+        answers.append([d.logprobs for d in deltas if d.sequence_index == 0])
         assert deltas[-1].receipt is not None and deltas[-1].receipt.live_members == 2
     assert answers[0] != answers[1]

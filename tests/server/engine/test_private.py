@@ -52,7 +52,7 @@ def _requests(config: ModelConfig, seed: int, count: int) -> list[EngineRequest]
 
 def _answer(deltas: list[Delta]) -> list[str]:
     """All that is promised of an answer, exactly: repr of a float tells every bit."""
-    return sorted(repr((d.sequence, d.token_ids, d.logprobs, d.prompt_logprobs, d.finish_reason)) for d in deltas)
+    return sorted(repr((d.sequence_index, d.token_ids, d.logprobs, d.prompt_logprobs, d.finish_reason)) for d in deltas)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,7 +121,7 @@ def test_public_answers_depend_on_companions(build_engine: Any, drive_engine: An
     first = EngineRequest("a", ((1, 2, 3),) * 2, sampling)
     second = dataclasses.replace(first, prompts=((1, 2, 3), (4, 5, 6)))
     answers = [drive_engine(build_engine(SMALL), [request])["a"] for request in (first, second)]
-    mine = [[d.logprobs for d in deltas if d.sequence == 0] for deltas in answers]
+    mine = [[d.logprobs for d in deltas if d.sequence_index == 0] for deltas in answers]
     assert mine[0] != mine[1]
     assert all(d.receipt.live_members == 2 for d in answers[0] if d.receipt is not None)
 

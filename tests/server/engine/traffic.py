@@ -113,7 +113,7 @@ def alone(engine: Engine, request: EngineRequest) -> list[Delta]:
 
 def answer(deltas: list[Delta]) -> list[str]:
     """Every bit of an answer, sequence by sequence: repr of a float tells them all."""
-    return [repr(delta) for delta in sorted(deltas, key=lambda delta: delta.sequence)]
+    return [repr(delta) for delta in sorted(deltas, key=lambda delta: delta.sequence_index)]
 
 
 def given_requests(config: ModelConfig, count: int) -> list[EngineRequest]:
