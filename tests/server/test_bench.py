@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from server.bench.baseline import PlainLoop
 from server.bench.machine import Machine, seconds_of
 from server.cli import app
 from server.config import Settings
+from server.engine.engine import Engine
+from server.engine.request import Delta
 from tests.server.conftest import Live, served, wait_until
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mot-tiny"
@@ -47,8 +50,16 @@ def address() -> Iterator[str]:
         yield url
 
 
-def test_serve_prints_an_object_a_setting(address: str, tmp_path: Path) -> None:
+def test_serve_prints_an_object_a_setting(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    step = Engine.step
+
+    def slow(engine: Engine) -> list[tuple[str, Delta]]:
+        """So small a model may be done before a busy machine has read its first token: then no time lies between."""
+        time.sleep(0.005)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow)
     picture = tmp_path / "serve.png"
     results = objects(
         bench(
