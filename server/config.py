@@ -25,17 +25,17 @@ def parse_bytes(value: object) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-def parse_window(value: object) -> int | None:
-    """``auto`` (None) or a number of positions of at least 1. Raises ValueError."""
+def parse_automatic(value: object) -> int | None:
+    """``auto`` (None) or a whole number of at least 1. Raises ValueError."""
     if value is None or value == "auto":
         return None
     try:
-        window = int(str(value))
+        number = int(str(value))
     except ValueError:
-        window = 0
-    if window < 1:
+        number = 0
+    if number < 1:
         raise ValueError(f"{value!r} is neither 'auto' nor a whole number of at least 1")
-    return window
+    return number
 
 
 class Settings(BaseSettings):
@@ -58,7 +58,7 @@ class Settings(BaseSettings):
         "auto", description="native: compiled row-wise kernels (CPU, needs a C++ compiler); auto: where they are there"
     )
     group_fill: Literal["reference", "zeros", "none"] = "reference"
-    position_window: Annotated[int | None, BeforeValidator(parse_window)] = Field(
+    position_window: Annotated[int | None, BeforeValidator(parse_automatic)] = Field(
         None, description="how far apart members of a decode group may be; 1: exact position; auto: by the machine"
     )
     max_groups: int | None = Field(None, ge=1, description="decode groups a step before merging; default: measured")
@@ -78,6 +78,10 @@ class Settings(BaseSettings):
     prefill_tokens: int | None = Field(
         None, ge=1, description="prompt tokens computed a step beside decoding; default: 192, of public prompts up to "
         "512 where the machine computes them while it reads the experts"
+    )  # fmt: skip
+    stream_interval: Annotated[int | None, BeforeValidator(parse_automatic)] = Field(
+        None, description="tokens an event of a stream holds, but for the first and the last; auto: one, and more "
+        "where streams would otherwise get more than 2000 events a second in all, but none later than 50 ms for that"
     )  # fmt: skip
     max_body_bytes: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**20, ge=1, description="larger bodies: 413")
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is cut off")

@@ -19,6 +19,7 @@ from server.engine.request import EngineRequest, Privacy, RequestError, Sampling
 from server.schemas import ChatRequest, CompletionRequest, GenerationRequest, Prompt
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, for completions
+_PLAIN_INTERVAL = 32  # tokens that a plain answer's parts cross processes in; metrics count them as they come
 _LONG_TEXT = 4096  # characters; tokenising more would hold up every stream's event loop
 
 
@@ -42,6 +43,7 @@ class Preprocessor:
         self._info = info
         self._tokenizer = tokenizer
         self._private = settings.private
+        self._stream_interval = settings.stream_interval
         self._template = template
 
     async def completion(self, body: CompletionRequest, caller: Caller) -> Job:
@@ -188,6 +190,7 @@ class Preprocessor:
             tenant=caller.tenant,
             cache_salt=body.cache_salt,
             priority=body.priority,
+            stream_interval=self._stream_interval if body.stream else _PLAIN_INTERVAL,
         )
 
 

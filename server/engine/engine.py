@@ -97,6 +97,7 @@ class Engine:
         news = [(s.request.request_id, delta) for s, delta in self.results.update(plan, logits, tokens)]
         self._forget_finished(news)
         times.append(time.perf_counter())
+        self.results.pace.on_step(len(plan.sampling), times[-1] - times[0])
         self.last_step = _stats(plan, groups, times)
         return news
 

@@ -75,6 +75,7 @@ class EngineRequest:
     tenant: str = ""
     cache_salt: str | None = None  # private prompt beginnings are shared among equal salts only
     priority: int = 0  # lower runs first, as in vLLM
+    stream_interval: int | None = 1  # tokens a delta has, but for a sequence's first and last; None: by the load
 
 
 @dataclass(frozen=True)

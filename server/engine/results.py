@@ -5,7 +5,9 @@ Knows sequences and text, no tensors beyond handing prompt logits to the sampler
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from model.tokenizer import Tokenizer
 from server.engine.detokenizer import Detokenizer
@@ -14,6 +16,36 @@ from server.engine.plan import Plan
 from server.engine.request import Delta, FinishReason, Receipt, Sequence
 from server.engine.sampler import SampledToken, Sampler
 from server.engine.scheduler import Scheduler
+
+# Pieces of news that a server and its clients can take beside an engine on the same two cores.
+_MOST_NEWS = 2000.0  # a second
+_LONGEST_WAIT = 0.05  # seconds; fifty milliseconds are still read as flowing
+_SMOOTHING = 0.1  # weight of the newest step's time
+
+
+class Pace:
+    """Tokens a piece of news where requests leave that open: one, and more where ``most`` pieces a second would
+    otherwise not do, but never so many that a token waits longer than ``longest`` seconds at the speed of late."""
+
+    def __init__(self, most: float = _MOST_NEWS, longest: float = _LONGEST_WAIT) -> None:
+        self._most, self._longest, self._seconds = most, longest, 0.0
+        self.interval = 1
+
+    def on_step(self, sequences: int, seconds: float) -> None:
+        """So many ``sequences`` had a token each in a step of ``seconds``, which is above zero."""
+        new = _SMOOTHING if self._seconds else 1.0
+        self._seconds += new * (seconds - self._seconds)
+        wanted = math.ceil(sequences / (self._most * self._seconds))
+        self.interval = max(1, min(wanted, math.floor(self._longest / self._seconds)))
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A sequence that has tokens to come: which of them end it, its text so far, news that it has not told yet."""
+
+    ends: set[int]
+    text: Detokenizer | None
+    held: Delta | None = None
 
 
 class Results:
@@ -28,7 +60,8 @@ class Results:
     ) -> None:
         self._scheduler, self._sampler, self._tokenizer = scheduler, sampler, tokenizer
         self._temperature, self._group_fill = temperature, group_fill
-        self._texts: dict[Sequence, tuple[set[int], Detokenizer | None]] = {}  # and the tokens that end them
+        self._under_way: dict[Sequence, _UnderWay] = {}
+        self.pace = Pace()
 
     def update(self, plan: Plan, logits: StepLogits, tokens: list[SampledToken]) -> Iterator[tuple[Sequence, Delta]]:
         """Append ``tokens`` (one for each of ``plan.sampling``), finish what ended, and say what is new."""
@@ -40,42 +73,53 @@ class Results:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             if chunk.samples:
-                yield sequence, self._append(sequence, next(sampled))
+                delta = self._append(sequence, next(sampled))
+                if delta is not None:
+                    yield sequence, delta
             elif sequence.sampling.max_tokens == 0 and not sequence.prefilling:
                 yield sequence, self._delta(sequence, reason="length")
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop the text state of a sequence that was aborted."""
-        self._texts.pop(sequence, None)
+        """Drop what is kept of a sequence that was aborted."""
+        self._under_way.pop(sequence, None)
 
-    def _append(self, sequence: Sequence, sampled: SampledToken) -> Delta:
+    def _append(self, sequence: Sequence, sampled: SampledToken) -> Delta | None:
+        """News of one more token and of those held back before it. None: it is held back, too."""
         params, token_id = sequence.sampling, sampled.token_id
         sequence.token_ids.append(token_id)
         length = sequence.output_length
-        ends, detokenizer = self._open(sequence)
+        state = self._open(sequence)
         settled = length >= params.min_tokens
         text = ""
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
-        if settled and token_id in ends:
+        if settled and token_id in state.ends:
             reason = "stop"
             stop_reason = token_id if token_id in params.stop_token_ids else None
         else:
-            if detokenizer is not None:
-                text, stop_reason = detokenizer.push(token_id, may_stop=settled), detokenizer.stopped
+            if state.text is not None:
+                text, stop_reason = state.text.push(token_id, may_stop=settled), state.text.stopped
             if stop_reason is not None:
                 reason = "stop"
             elif length >= params.max_tokens:
                 reason = "length"
-        return self._delta(sequence, sampled, text=text, reason=reason, stop_reason=stop_reason)
+        delta = self._delta(sequence, sampled, text=text, reason=reason, stop_reason=stop_reason)
+        if state.held is not None:
+            delta, state.held = _joined(state.held, delta), None
+        if reason is None and length > 1 and len(delta.token_ids) < self._interval(sequence):
+            state.held = delta
+            return None
+        return delta
 
-    def _open(self, sequence: Sequence) -> tuple[set[int], Detokenizer | None]:
-        """The tokens that end a sequence that has tokens to come, and its text so far."""
-        found = self._texts.get(sequence)
+    def _interval(self, sequence: Sequence) -> int:
+        return sequence.request.stream_interval or self.pace.interval
+
+    def _open(self, sequence: Sequence) -> _UnderWay:
+        found = self._under_way.get(sequence)
         if found is None:
             params, tokenizer = sequence.sampling, self._tokenizer
             text = Detokenizer(tokenizer, params.stop) if tokenizer is not None else None
-            found = self._texts[sequence] = (self._sampler.ends(params), text)
+            found = self._under_way[sequence] = _UnderWay(self._sampler.ends(params), text)
         return found
 
     def _delta(
@@ -89,8 +133,8 @@ class Results:
     ) -> Delta:
         receipt = None
         if reason is not None:
-            _, detokenizer = self._texts.pop(sequence, (None, None))
-            text += detokenizer.finish() if detokenizer is not None else ""
+            state = self._under_way.pop(sequence, None)
+            text += state.text.finish() if state is not None and state.text is not None else ""
             self._scheduler.finish(sequence)
             receipt = self._receipt(sequence)
         first = sequence.sampling.prompt_logprobs is not None and sequence.output_length <= 1
@@ -116,3 +160,10 @@ class Results:
             mixing_entropy=round(tally.entropy * mean, 4),
             group_fill=self._group_fill,
         )
+
+
+def _joined(first: Delta, then: Delta) -> Delta:
+    """Two pieces of news of a sequence, one after the other, as one."""
+    return then._replace(
+        text=first.text + then.text, token_ids=first.token_ids + then.token_ids, logprobs=first.logprobs + then.logprobs
+    )

@@ -1,4 +1,4 @@
-"""Settings: flags over environment over file; sizes and windows; every mistake names its field."""
+"""Settings: flags over environment over file; sizes and numbers; every mistake names its field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.config import Settings, parse_bytes, parse_window, read_settings
+from server.config import Settings, parse_automatic, parse_bytes, read_settings
 
 
 def test_flags_win_over_the_environment_which_wins_over_the_file(
@@ -33,8 +33,8 @@ def test_sizes(number: int, unit: str, space: str) -> None:
 
 
 @given(st.one_of(st.text(), st.floats(allow_nan=True), st.none(), st.booleans(), st.lists(st.integers())))
-def test_what_is_no_size_or_window_is_refused_or_read(value: Any) -> None:
-    for parse in (parse_bytes, parse_window):
+def test_what_is_no_size_or_number_is_refused_or_read(value: Any) -> None:
+    for parse in (parse_bytes, parse_automatic):
         try:
             found = parse(value)
         except ValueError as error:
@@ -51,6 +51,8 @@ def test_what_is_no_size_or_window_is_refused_or_read(value: Any) -> None:
         ({"dtype": "float16"}, "dtype"),
         ({"group_fill": "ones"}, "group_fill"),
         ({"position_window": "0"}, "position_window"),
+        ({"stream_interval": "0"}, "stream_interval"),
+        ({"stream_interval": "often"}, "stream_interval"),
         ({"max_align_wait": -1}, "max_align_wait"),
         ({"max_align_wait": float("nan")}, "max_align_wait"),
         ({"private": "sometimes"}, "private"),

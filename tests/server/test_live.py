@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_many_streams_are_whole_and_private_ones_equal_the_plain_answer(address:
         body = {"prompt": f"Chapter {number}. It was", "max_tokens": 12, "seed": number, "private": True}
         plain = httpx.post(f"{address}/v1/completions", json={**body, "ignore_eos": True}, timeout=60).json()
         assert plain["choices"][0]["text"] == answers[number][0]
+
+
+def test_events_hold_as_many_tokens_as_the_operator_says() -> None:
+    body = {"prompt": "It was", "max_tokens": 12, "private": True, "seed": 1}
+    body |= {"ignore_eos": True, "return_token_ids": True}
+    with served(Settings(stream_interval=4, log_level="error")) as url:
+        plain = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]
+        with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as response:
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    chunks = [choice for line in lines[:-1] for choice in json.loads(line)["choices"]]
+    assert [len(chunk["token_ids"]) for chunk in chunks] == [1, 4, 4, 3]
+    assert "".join(chunk["text"] for chunk in chunks) == plain["text"]
+    assert [token for chunk in chunks for token in chunk["token_ids"]] == plain["token_ids"]
 
 
 def test_eight_prompts_of_one_request_share_groups(address: str) -> None:

@@ -1,0 +1,94 @@
+"""News of sequences: the same however many tokens a piece of it has, and never too much of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.config import Settings
+from server.engine.engine import Engine
+from server.engine.request import Delta, EngineRequest, Privacy, SamplingParams
+from server.engine.results import Pace
+from server.loading import load
+from tests.server.engine.traffic import alone
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    yield load(Settings(kv_cache_memory=2**26)).engine.direct
+
+
+def _joined(news: list[Delta], index: int) -> tuple[object, ...]:
+    """All that one sequence was told."""
+    mine = [delta for delta in news if delta.sequence_index == index]
+    assert [delta.finish_reason is not None for delta in mine] == [False] * (len(mine) - 1) + [True]
+    assert all(delta.prompt_logprobs is None for delta in mine[1:])
+    return (
+        "".join(delta.text for delta in mine),
+        [token for delta in mine for token in delta.token_ids],
+        [entry for delta in mine for entry in delta.logprobs],
+        mine[0].prompt_logprobs,
+        mine[-1][5:],
+    )
+
+
+@given(
+    interval=st.one_of(st.none(), st.integers(2, 40)),
+    max_tokens=st.integers(0, 30),
+    stop=st.sampled_from([(), ("e",), (" the",), (", and", ".")]),
+    scored=st.booleans(),
+)
+def test_news_say_the_same_in_pieces_of_any_size(
+    engine: Engine, interval: int | None, max_tokens: int, stop: tuple[str, ...], scored: bool
+) -> None:
+    sampling = SamplingParams(max_tokens, seed=max_tokens, stop=stop, logprobs=2 if scored else None, ignore_eos=True)
+    if scored:
+        sampling = dataclasses.replace(sampling, prompt_logprobs=1)
+    request = EngineRequest("r", ((11, 12, 13),), sampling, n=2, privacy=Privacy(engine.config.temperature, 0.0))
+    one_by_one = alone(engine, request)
+    news = alone(engine, dataclasses.replace(request, stream_interval=interval))
+    for index in range(2):
+        assert _joined(news, index) == _joined(one_by_one, index)
+        sizes = [len(delta.token_ids) for delta in news if delta.sequence_index == index]
+        if interval is not None:
+            assert all(size == interval for size in sizes[1:-1])
+            assert sizes[0] <= 1  # a first token waits for no other
+            assert sizes[-1] <= interval
+
+
+def test_nothing_is_left_of_news_held_back_when_a_request_goes_away(engine: Engine) -> None:
+    engine.add(EngineRequest("gone", ((1, 2),), SamplingParams(50, ignore_eos=True), stream_interval=32))
+    told = [delta for _ in range(5) for _, delta in engine.step()]
+    assert [len(delta.token_ids) for delta in told] == [1]
+    engine.abort("gone")
+    assert engine.idle
+    assert not engine.results._under_way
+
+
+@given(st.integers(0, 5000), st.floats(1e-5, 5), st.floats(10, 1e4), st.floats(1e-3, 1))
+def test_pace(sequences: int, seconds: float, most: float, longest: float) -> None:
+    """Against the definition: the least number that keeps the rate, if a token does not wait too long for it."""
+    pace = Pace(most, longest)
+    pace.on_step(sequences, seconds)
+    some, near = 1 - 1e-9, 1 + 1e-9  # for what division rounds away
+    assert pace.interval == 1 or pace.interval * seconds <= longest * near
+    assert sequences / (pace.interval * seconds) <= most * near or (pace.interval + 1) * seconds > longest * some
+    assert pace.interval == 1 or sequences / ((pace.interval - 1) * seconds) > most * some
+
+
+def test_pace_follows_the_load() -> None:
+    pace = Pace(most=1000, longest=0.1)
+    for _ in range(100):
+        pace.on_step(1, 0.01)
+    assert pace.interval == 1
+    for _ in range(100):
+        pace.on_step(64, 0.01)
+    assert pace.interval == math.ceil(6.4)
+    for _ in range(100):
+        pace.on_step(64, 0.2)
+    assert pace.interval == 1
