@@ -48,8 +48,8 @@ class ExpertBank(nn.Module):
     ``quantize`` turns the experts to int8 with ``scale1 [E, S]`` and ``scale2 [E, D]``, one scale an output channel:
     a weight is its integer times its channel's scale.
 
-    ``put_in_tiles`` turns bfloat16 experts to the order that compiled kernels may want; all here understand both. Then
-    ``lin1`` and ``lin2`` may have more hidden units than ``size``, such as weigh nothing.
+    ``put_in_tiles`` turns the experts of a model in bfloat16 to the order that compiled kernels may want; all here
+    understand both. Then ``lin1`` and ``lin2`` may have more hidden units than ``size``, such as weigh nothing.
     """
 
     scale1: Tensor | None
@@ -84,18 +84,20 @@ class ExpertBank(nn.Module):
 
     def experts(self, mixes: Tensor) -> Tensor:
         """``mixes [E, n, D]`` to ``[E, n, D]``: every expert on its own rows."""
+        first, second = self._in_order(self.lin1, self.lin2)
         if self.scale1 is None or self.scale2 is None:
-            first, second = self._in_order(self.lin1, self.lin2)
             return torch.bmm(self.activation(torch.bmm(mixes, first)), second)
-        hidden = self.activation(torch.bmm(mixes, self.lin1.to(mixes.dtype)) * self.scale1[:, None].to(mixes.dtype))
-        return torch.bmm(hidden, self.lin2.to(mixes.dtype)) * self.scale2[:, None].to(mixes.dtype)
+        scale1, scale2 = (scale[:, None].to(mixes.dtype) for scale in (self.scale1[:, : self.size], self.scale2))
+        hidden = self.activation(torch.bmm(mixes, first.to(mixes.dtype)) * scale1)
+        return torch.bmm(hidden, second.to(mixes.dtype)) * scale2
 
     def expert(self, number: int) -> tuple[Tensor, Tensor]:
         """One expert's two matrices ``[D, S]`` and ``[S, D]``, in the type of the controller."""
-        first, second, dtype = self.lin1[number], self.lin2[number], self.controller.dtype
+        first, second = self._in_order(self.lin1[number], self.lin2[number])
         if self.scale1 is None or self.scale2 is None:
-            return self._in_order(first, second)
-        return (first * self.scale1[number]).to(dtype), (second * self.scale2[number]).to(dtype)
+            return first, second
+        dtype, scale1 = self.controller.dtype, self.scale1[number, : self.size]
+        return (first * scale1).to(dtype), (second * self.scale2[number]).to(dtype)
 
     def part(self, count: int) -> ExpertBank:
         """The first ``count`` experts by themselves, on the same memory. Not to be trained."""
@@ -122,13 +124,18 @@ class ExpertBank(nn.Module):
 
     def put_in_tiles(self) -> None:
         """The experts' weights, where they fit. Not to be trained afterwards."""
-        if not self.in_tiles and tiles.experts_fit(self.lin1):
-            self.lin1.data, self.lin2.data = tiles.side_by_side(self.lin1, self.lin2)
-            self.in_tiles = True
+        if self.in_tiles or self.controller.dtype is not torch.bfloat16 or not tiles.experts_fit(self.lin1):
+            return
+        self.lin1.data, self.lin2.data = tiles.side_by_side(self.lin1, self.lin2)
+        if self.scale1 is not None:
+            self.scale1 = F.pad(self.scale1, (0, self.lin1.shape[2] - self.size))
+        self.in_tiles = True
 
     def put_in_order(self) -> None:
         """Undo ``put_in_tiles``."""
         self.lin1.data, self.lin2.data = self._in_order(self.lin1.data, self.lin2.data)
+        if self.scale1 is not None:
+            self.scale1 = self.scale1[:, : self.size].contiguous()
         self.in_tiles = False
 
     @property

@@ -78,8 +78,8 @@ class Kernels:
         self.tiles = bool(loaded.motserve_tiles())  # whether it multiplies bfloat16 in tiles
 
     def arrange(self, model: nn.Module) -> None:
-        """Put a model's weights in the order that these kernels compute fastest in, in place: tiles for bfloat16 where
-        the processor has them. What fits in no tiles stays as it is."""
+        """Put a model's weights in the order that these kernels compute fastest in, in place: tiles where the processor
+        has them and the model is in bfloat16, its experts in that or in int8. What fits in no tiles stays as it is."""
         if self.tiles:
             for module in model.modules():
                 if isinstance(module, (Projection, ExpertBank)):
@@ -94,7 +94,7 @@ class Kernels:
     def weights_kind(self, bank: ExpertBank) -> int:
         """The kernels' number of the type and order of a bank's experts."""
         assert self.tiles or not bank.in_tiles, "weights were put in tiles for another processor"
-        return TILES if bank.in_tiles else TYPES[bank.lin1.dtype]
+        return TYPES[bank.lin1.dtype] + (TILES if bank.in_tiles else 0)
 
     def _torch_is_slow(self, bank: ExpertBank) -> bool:
         dtype = bank.lin1.dtype

@@ -21,7 +21,7 @@ _KINDS = {
     F.silu: 3,
 }
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of experts, as experts.h numbers them
-TILES = 3
+TILES = 4  # added where experts are in tiles
 BY_INPUT, BY_OUTPUT, IN_TILES = range(3)  # as linear.h numbers them
 
 

@@ -9,10 +9,12 @@
 
 #include "activations.h"
 #include "linear.h"
+#include "quad_tiles.h"
 
 namespace {
 
-enum Weights { FLOAT32, BFLOAT16, INT8, TILES };  // the last: bfloat16 as model/tiles.py puts it
+enum Weights { FLOAT32, BFLOAT16, INT8 };
+constexpr int TILES = 4;  // added where they lie as model/tiles.py puts them
 
 // What a thread needs to run experts, kept from one to the next.
 class Scratch {
@@ -22,6 +24,7 @@ class Scratch {
         if (tiles) in_use_.emplace();
     }
     TileRows tile_rows;
+    QuadRows quad_rows;
 #else
     explicit Scratch(bool) {}
 #endif
@@ -50,7 +53,7 @@ struct Experts {
     const float* scale2;  // [E, D]
     long D, S;
     int activation;
-    bool tiles;  // the order of bfloat16 weights
+    bool tiles;  // the order of the weights
 
     // Expert e on its rows.
     void run(long e, const float* const* in, float* const* out, long rows, Scratch& scratch) const {
@@ -59,20 +62,32 @@ struct Experts {
         const W *first = lin1 + e * apart, *second = lin2 + e * apart;
         float* const* hidden = scratch.rows_of(rows, S);
 #ifdef MOTSERVE_TILES
-        if constexpr (std::is_same_v<W, bf16>)
-            if (tiles) {
-                scratch.tile_rows.pack(in, rows, D, false);
-                tiled_products(scratch.tile_rows, first, 0, S, hidden);
-                activate(hidden[0], rows * S, activation);
-                scratch.tile_rows.pack(hidden, rows, S, false);
-                return tiled_products(scratch.tile_rows, second, 0, D, out);
-            }
+        if (tiles) {
+            in_tiles(in, rows, first, D, S, scale1 == nullptr ? nullptr : scale1 + e * S, hidden, scratch);
+            activate(hidden[0], rows * S, activation);
+            return in_tiles(hidden, rows, second, S, D, scale2 == nullptr ? nullptr : scale2 + e * D, out, scratch);
+        }
 #endif
         product(in, rows, first, D, S, scale1 == nullptr ? nullptr : scale1 + e * S, second, hidden, scratch.packed);
         activate(hidden[0], rows * S, activation);
         product(hidden, rows, second, S, D, scale2 == nullptr ? nullptr : scale2 + e * D, first + D * S, out,
                 scratch.packed);
     }
+
+#ifdef MOTSERVE_TILES
+   private:
+    static void in_tiles(const float* const* in, long rows, const W* weights, long K, long N, const float* scales,
+                         float* const* out, Scratch& scratch) {
+        if constexpr (std::is_same_v<W, bf16>) {
+            scratch.tile_rows.pack(in, rows, K, false);
+            tiled_products(scratch.tile_rows, weights, 0, N, out);
+        }
+        if constexpr (std::is_same_v<W, int8_t>) {
+            scratch.quad_rows.pack(in, rows, K);
+            quad_products(scratch.quad_rows, weights, scales, N, out);
+        }
+    }
+#endif
 };
 
 // Calls use with the experts of a type known at run time only.
@@ -81,9 +96,9 @@ void with_experts(const void* lin1, const void* lin2, const float* scale1, const
                   int activation, int weights, F use) {
     const auto typed = [&](auto* first, auto* second) {
         typedef std::remove_const_t<std::remove_pointer_t<decltype(first)>> W;
-        use(Experts<W>{first, second, scale1, scale2, D, S, activation, weights == TILES});
+        use(Experts<W>{first, second, scale1, scale2, D, S, activation, (weights & TILES) != 0});
     };
-    if (weights == INT8) typed(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
+    if ((weights & ~TILES) == INT8) typed(static_cast<const int8_t*>(lin1), static_cast<const int8_t*>(lin2));
     else if (weights == FLOAT32) typed(static_cast<const float*>(lin1), static_cast<const float*>(lin2));
     else typed(static_cast<const bf16*>(lin1), static_cast<const bf16*>(lin2));
 }

@@ -196,7 +196,7 @@ void mix_in_tiles(const PrivateLayer& l, const std::vector<Pair>& pairs, const f
 template <class W, class C>
 void private_layer(const PrivateLayer& l) {
     const Experts<W> experts{static_cast<const W*>(l.lin1), static_cast<const W*>(l.lin2), l.scale1, l.scale2,
-                             long(l.D), long(l.S), l.activation, l.weights == TILES};
+                             long(l.D), long(l.S), l.activation, (l.weights & TILES) != 0};
     const long size = l.members > 0 ? l.members : 1;
     std::vector<float> emit(l.n * l.E), merge(l.n * l.E * size);
     const C* crowd = static_cast<const C*>(l.crowd);
@@ -252,7 +252,7 @@ void private_layer(const PrivateLayer& l) {
 constexpr long PRIVATE_ROWS = 128;  // at once: what is in between takes memory
 
 inline void some_private_rows(const PrivateLayer& l) {
-    if (l.weights == INT8) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
+    if ((l.weights & ~TILES) == INT8) l.half ? private_layer<int8_t, bf16>(l) : private_layer<int8_t, float>(l);
     else if (l.weights != FLOAT32) l.half ? private_layer<bf16, bf16>(l) : private_layer<bf16, float>(l);
     else l.half ? private_layer<float, bf16>(l) : private_layer<float, float>(l);
 }

@@ -11,8 +11,8 @@
 
 #include "pairs.h"
 
-#if defined(MOTSERVE_PAIRS) && defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
-    defined(__linux__)
+#if defined(MOTSERVE_PAIRS) && defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AMX_TILE__) && \
+    defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__linux__)
 #define MOTSERVE_TILES
 #include <sys/syscall.h>
 #include <unistd.h>

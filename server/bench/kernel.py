@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.groups import PrivateRows
-from model.memory import Workspace, move_to_large_pages
+from model.memory import Workspace
 from model.mixing import ExpertBank
 from model.native import Kernels
 from model.transformer import Transformer
@@ -203,10 +203,9 @@ MODES = ("public", "private", "private_unmixed", "attention", "sampling")
 
 def _as_wanted(kernels: Kernels, model: Transformer) -> list[ExpertBank]:
     """The experts in the kernels' order; a copy, as torch is measured on the others."""
-    if not kernels.tiles or model.banks[0].lin1.dtype is not torch.bfloat16:
+    if not kernels.tiles or model.dtype is not torch.bfloat16:
         return model.banks
     arranged = copy.deepcopy(model)
-    move_to_large_pages(arranged, model.dtype)
     kernels.arrange(arranged)
     return arranged.banks
 

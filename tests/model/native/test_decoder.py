@@ -24,7 +24,7 @@ SMALL = {"dense": KINDS["dense"], "mot": MOT}
 # Sizes that go into tiles.
 WHOLE = {
     "dense": KINDS["dense"].replace(n_embd=64, n_inner=96),
-    "mot": MOT.replace(n_embd=64, expert_size=32, temperature=0.5, activation_function="gelu_new"),
+    "mot": MOT.replace(n_embd=64, expert_size=64, temperature=0.5, activation_function="gelu_new"),
 }
 
 

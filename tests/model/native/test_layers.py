@@ -18,7 +18,7 @@ from model.native import Kernels
 from model.reference import ReferenceCrowd
 from model.token_choice import TokenChoice
 from tests.model.kinds import KINDS, make
-from tests.model.native.inputs import dtypes, random_of, types
+from tests.model.native.inputs import DTYPES, dtypes, random_of, types
 
 
 @settings(deadline=None, max_examples=30)
@@ -68,7 +68,7 @@ def test_keep(variant: Kernels, rows: int, heads: int, size: int, dtype: torch.d
     over_experts=st.booleans(),
     discrete=st.booleans(),
     dtype=types,
-    sizes=st.sampled_from([(18, 11), (64, 32)]),
+    sizes=st.sampled_from([(18, 11), (64, 32), (64, 50)]),
     seed=st.integers(0, 1000),
 )
 def test_private_layer(
@@ -97,7 +97,9 @@ def test_private_layer(
     if dtype is torch.int8:
         native.quantize()
         bank.quantize()
-        dtype = torch.float32
+        dtype = DTYPES[seed % 2]
+        native.controller.data = native.controller.to(dtype)
+        bank.controller.data = native.controller.float()
     else:
         native.to(dtype)
         bank.to(dtype).float()

@@ -139,6 +139,27 @@ def test_products_of_weights_in_tiles(tiling: Kernels, rows: int, width: int, si
         assert torch.equal(tiling.routed(alone[0], gates[row : row + 1], bank)[0], routed[row])
 
 
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 600), width=st.integers(1, 3), size=st.integers(1, 200), scale=st.sampled_from([1e-3, 1.0, 1e3])
+)
+def test_products_of_int8_in_tiles_are_those_in_pairs(
+    tiling: Kernels, rows: int, width: int, size: int, scale: float
+) -> None:
+    """Bit for bit, whatever hidden units are filled up with; so is what is routed, and a row alone."""
+    bank, _, _ = _bank(2, 64 * width, size, torch.int8)
+    bank.controller.data = bank.controller.bfloat16()
+    mixes = random_of(2, rows, 64 * width, scale=scale)
+    gates = torch.tensor([[1.0, 0.0], [0.5, 2.0]]).repeat(rows, 1)[:rows]
+    before = tiling.bank(mixes, bank), tiling.routed(mixes[0], gates, bank)
+    bank.put_in_tiles()
+    assert bank.in_tiles is (2 * (-size % 64) <= size)
+    found = tiling.bank(mixes, bank)
+    assert torch.equal(found, before[0])
+    assert torch.equal(tiling.routed(mixes[0], gates, bank), before[1])
+    assert torch.equal(tiling.bank(mixes[:, -1:], bank), found[:, -1:])
+
+
 def test_what_is_arranged(variant: Kernels) -> None:
     """Bfloat16 weights that fit, where the processor has tiles; then these kernels are always the way."""
     config = ModelConfig(
@@ -165,9 +186,11 @@ def test_numbers_that_are_none_stay_none(variant: Kernels) -> None:
         mixes[0, 1, 7] = float("nan")
         answers = variant.bank(mixes, bank)[0]
         assert answers[1].isnan().all() and answers[[0, 2]].isfinite().all()
-    if variant.tiles:
-        bank, _, _ = _bank(1, 64, 32, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.int8) if variant.tiles else ():
+        bank, _, _ = _bank(1, 64, 64, dtype)
+        bank.controller.data = bank.controller.bfloat16()
         bank.put_in_tiles()
+        assert bank.in_tiles
         mixes = random_of(1, 3, 64)
         mixes[0, 1, 7] = float("nan")
         answers = variant.bank(mixes, bank)[0]
