@@ -150,7 +150,7 @@ struct Nothing {
     void operator()(long) const {}
 };
 
-constexpr long TILES_AHEAD = 1024;  // bytes that weights are fetched ahead, the best of those tried
+constexpr long TILES_AHEAD = 4096;  // bytes that weights are fetched ahead, the best of those tried
 
 // Fetches weights in tiles, two tiles a step.
 struct FetchTiles {
