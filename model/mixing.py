@@ -122,6 +122,14 @@ class ExpertBank(nn.Module):
         self.lin1, self.scale1 = _to_int8(self.lin1, common)
         self.lin2, self.scale2 = _to_int8(self.lin2, None)
 
+    def widen(self, dtype: torch.dtype) -> None:
+        """Undo ``quantize``, but for its rounding. Not for experts in tiles."""
+        assert not self.in_tiles
+        if self.scale1 is not None and self.scale2 is not None:
+            for lin, scale in ((self.lin1, self.scale1), (self.lin2, self.scale2)):
+                lin.data = (lin * scale[:, None]).to(dtype)
+            self.scale1 = self.scale2 = None
+
     def put_in_tiles(self) -> None:
         """The experts' weights, where they fit. Not to be trained afterwards."""
         if self.in_tiles or self.controller.dtype is not torch.bfloat16 or not tiles.experts_fit(self.lin1):

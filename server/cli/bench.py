@@ -91,8 +91,8 @@ def engine(
             for share in shares
         ]
         public: dict[int, float] = {}  # tokens a second by concurrency
-        if baseline and (spread or settings.quantize != "none" or 0 not in shares):
-            raise ValueError("baseline: is for public requests of one length, without quantize")
+        if baseline and (spread or 0 not in shares):
+            raise ValueError("baseline: is for public requests of one length")
         try:
             for result in bench_engine(
                 tested, loads, machine, default, repeats=repeats, progress=lambda done: bar.update(task, completed=done)

@@ -87,6 +87,10 @@ def test_plain_forms_compute_with_weights_in_tiles(width: int, size: int, quanti
         assert not bank.in_tiles and not projection.in_tiles
         assert torch.equal(bank.lin1, before[0].lin1) and torch.equal(bank.lin2, before[0].lin2)
         assert torch.equal(projection.weight, before[1].weight)
+    answers = bank.float().experts(mixes.float())
+    bank.widen(torch.float32)
+    assert bank.lin1.dtype is torch.float32 and bank.scale1 is None
+    torch.testing.assert_close(bank.experts(mixes.float()), answers, atol=1e-3, rtol=1e-3)
 
 
 def test_only_models_in_bfloat16_are_put_in_tiles() -> None:

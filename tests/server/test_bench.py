@@ -178,11 +178,12 @@ def test_engine_prints_an_object_a_setting() -> None:
         assert result["concurrency"] / 5 < tokens_a_step < result["concurrency"] * 5  # a median and a mean
 
 
-def test_engine_beside_a_plain_loop() -> None:
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_engine_beside_a_plain_loop(quantize: str) -> None:
     engine, *plain = objects(
         bench(
             "engine", "--model", GOLDEN, "--concurrency", 3, "--private-share", "0", "--prompt-tokens", 4,
-            "--output-tokens", 6, "--repeats", 1, "--baseline", "--json",
+            "--output-tokens", 6, "--repeats", 1, "--baseline", "--quantize", quantize, "--json",
         )
     )  # fmt: skip
     assert [each["dtype"] for each in plain] == ["float32", "bfloat16"][: 1 + computes_in_bfloat16()]
