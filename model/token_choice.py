@@ -51,7 +51,7 @@ class TokenChoice:
     def __call__(self, layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
         if self._kernels is not None:
             scores = self._kernels.linear(x, bank.controller, None, by_output=False, exact=True)
-            return self._kernels.routed(x, _gates(bank, scores), bank).to(x.dtype)
+            return self._kernels.routed(x, self._kernels.gates(scores, bank), bank).to(x.dtype)
         if self._every:
             gates = _gates(bank, exact_products(x, bank.controller))
             return every_expert(bank, x[:, None].expand(-1, gates.shape[1], -1), gates, gates > 0)

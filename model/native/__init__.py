@@ -64,6 +64,7 @@ class Kernels:
         self._mix_weights = function(loaded, "motserve_mix_weights", [pointer] + [wide] * 3 + [ctypes.c_float, pointer])
         self._private = function(loaded, "motserve_private_layer", [ctypes.POINTER(PrivateLayer)])
         self._private_rows = function(loaded, "motserve_private_rows", [], wide)
+        self._gates = function(loaded, "motserve_gates", [pointer] * 2 + [wide] * 4 + [number])
         self._routed = function(loaded, "motserve_routed", [pointer] * 7 + [wide] * 4 + [number] * 2)
         self._keep = function(loaded, "motserve_keep", [pointer] * 4 + [wide] * 2 + [number])
         self._attend = function(loaded, "motserve_attend", [pointer, wide] + [pointer] * 5 + [wide] * 5 + [number])
@@ -239,6 +240,13 @@ class Kernels:
         )  # fmt: skip
         self._private(ctypes.byref(layer))
         return out, outputs
+
+    def gates(self, scores: Tensor, bank: ExpertBank) -> Tensor:
+        """``scores [n, routed]`` (float32) to gates ``[n, E]``; as ``token_choice.gates_of`` the best of each row."""
+        assert scores.is_contiguous() and scores.dtype is torch.float32 and scores.shape[1] == bank.controller.shape[1]
+        gates = torch.empty(scores.shape[0], scores.shape[1] + bank.shared)
+        self._gates(scores.data_ptr(), gates.data_ptr(), *scores.shape, bank.shared, bank.per_token, bank.normalize)
+        return gates
 
     def routed(self, x: Tensor, gates: Tensor, bank: ExpertBank) -> Tensor:
         """``x [n, D]`` through the experts whose ``gates [n, E]`` (float32) are above 0, answers weighted by them and

@@ -1,5 +1,6 @@
 // A whole pass through the decoder for rows that attend one by one: what the parts beside this file do, in one call, as
-// a step of few rows would otherwise spend as long in between as in them. Dense models, and MoT above temperature 0.
+// a step of few rows would otherwise spend as long in between as in them. Dense models, Switch and top-k, and MoT above
+// temperature 0.
 
 #pragma once
 
@@ -10,6 +11,7 @@
 #include "normalization.h"
 #include "private_layer.h"
 #include "shared_layer.h"
+#include "token_choice.h"
 
 extern "C" {
 
@@ -25,7 +27,7 @@ struct DecoderLayer {
     Affine attention, projection;
     void *keys, *values;  // [blocks, block_size, D]
     Affine first, second;  // of a dense layer, or:
-    const void* controller;  // [D, E]
+    const void* controller;  // [D, E], or [D, routed]
     const void *lin1, *lin2;
     const float *scale1, *scale2;
     const void* crowd;          // [places, G, D]; null: private rows have no company, and there are no groups
@@ -35,7 +37,8 @@ struct DecoderLayer {
 struct Decoder {
     int64_t vocabulary, length;  // how many embeddings there are
     int64_t layers, D, heads, block_size, hidden;  // hidden: a dense layer's, or an expert's
-    int64_t E, G, places, rivals;  // E 0: dense
+    int64_t E, G, places, rivals;         // E 0: dense
+    int64_t routed, per_token, normalize;  // per_token 0: rows choose no experts
     int32_t activation, experts;   // the type of experts
     int32_t half, crowd_half;      // whether they are bfloat16
     double epsilon;
@@ -88,7 +91,8 @@ class Room {
 };
 
 struct PassMemory {
-    float *x, *next, *normed, *wide, *seen, *own, *members, *scores, *answers, *mixes, *out, *private_answers, *mixed;
+    float *x, *next, *normed, *wide, *seen, *own, *gates, *members, *scores, *answers, *mixes, *out, *private_answers,
+        *mixed;
 
     PassMemory(const Decoder& d, const DecoderStep& s, Room& room) {
         const long n = s.rows, alone = std::min<long>(n - s.shared, PRIVATE_ROWS), places = s.groups * d.G;
@@ -97,6 +101,10 @@ struct PassMemory {
         wide = room.take(n * std::max<long>(3 * d.D, d.E == 0 ? d.hidden : 0));
         if (d.E == 0) return;
         own = room.take(n * d.E);
+        if (d.per_token > 0) {
+            gates = room.take(n * d.E);
+            return;
+        }
         members = room.take(places * d.D), scores = room.take(places * d.E), out = room.take(places * d.D);
         answers = room.take(s.groups * beside);
         if (alone == 0) return;
@@ -118,6 +126,7 @@ class Pass {
             attention(layer);
             normalize(m.x, of(layer.norm2), of(layer.norm2_bias), d.epsilon, m.normed, s.rows, d.D);
             if (d.E == 0) dense(layer);
+            else if (d.per_token > 0) chosen(layer);
             else if (d.crowd_half) mixture<bf16>(layer);
             else mixture<float>(layer);
         }
@@ -160,20 +169,36 @@ class Pass {
         std::swap(m.x, m.next);
     }
 
+    // Scores of all rows, to m.own.
+    void score(const DecoderLayer& layer, long count) {
+        linear(m.normed, of(layer.controller), Added<W>{nullptr, nullptr}, m.own, s.rows, d.D, count, BY_INPUT, true);
+    }
+
+    template <class F>
+    void with(const DecoderLayer& layer, F use) {
+        with_experts(layer.lin1, layer.lin2, layer.scale1, layer.scale2, d.D, d.hidden, d.activation, d.experts, use);
+    }
+
+    void chosen(const DecoderLayer& layer) {
+        score(layer, d.routed);
+        gates_of({long(d.routed), long(d.E - d.routed), long(d.per_token), d.normalize != 0}, m.own, m.gates, s.rows);
+        with(layer, [&](const auto& experts) { routed(experts, m.normed, m.gates, m.next, s.rows, d.E); });
+        add(m.next, m.x, s.rows * d.D);
+    }
+
     template <class C>
     void mixture(const DecoderLayer& layer) {
-        linear(m.normed, of(layer.controller), Added<W>{nullptr, nullptr}, m.own, s.rows, d.D, d.E, BY_INPUT, true);
+        score(layer, d.E);
         if (s.groups > 0) {
             gather<C>(layer);
             mix_weights(m.scores, s.groups, d.G, d.E, d.temperature, s.shared_entropy);
         }
         if (s.rows > s.shared) beside_private_rows(layer);
         else
-            with_experts(layer.lin1, layer.lin2, layer.scale1, layer.scale2, d.D, d.hidden, d.activation, d.experts,
-                         [&](const auto& experts) {
-                             shared_layer(experts, SharedLayer{long(s.groups), long(d.G), long(d.E), m.members,
-                                                               m.scores, m.answers, m.out});
-                         });
+            with(layer, [&](const auto& experts) {
+                shared_layer(experts, SharedLayer{long(s.groups), long(d.G), long(d.E), m.members, m.scores, m.answers,
+                                                  m.out});
+            });
         for (long at = 0; at < s.groups * d.G; ++at)
             if (s.members[at] >= 0) add(m.out + at * d.D, m.x + s.members[at] * d.D, d.D);
     }

@@ -53,7 +53,9 @@ class _Layer(ctypes.Structure):
 
 class _Decoder(ctypes.Structure):
     _fields_ = [
-        *_fields(_wide, "vocabulary length layers D heads block_size hidden E G places rivals"),
+        *_fields(
+            _wide, "vocabulary length layers D heads block_size hidden E G places rivals routed per_token normalize"
+        ),
         *_fields(_number, "activation experts half crowd_half"),
         *_fields(ctypes.c_double, "epsilon temperature"),
         *_fields(_pointer, "layer tokens positions norm norm_bias"),
@@ -113,6 +115,9 @@ class NativeDecoder:
             hidden=config.hidden_size if bank is None else bank.lin1.shape[2],
             E=0 if bank is None else bank.lin1.shape[0], G=config.group_size,
             places=1 if crowd is None else crowd.places.shape[1], rivals=0 if crowd is None else crowd.rivals,
+            routed=0 if bank is None else bank.controller.shape[1],
+            per_token=bank.per_token if bank is not None and config.is_token_choice else 0,
+            normalize=bank is not None and bank.normalize,
             activation=activation_kind(mlp.activation), experts=0 if bank is None else kernels.weights_kind(bank),
             half=is_half(model.wte.weight), crowd_half=crowd is not None and is_half(crowd.places),
             epsilon=config.layer_norm_epsilon, temperature=config.temperature,
@@ -123,9 +128,9 @@ class NativeDecoder:
 
     @staticmethod
     def knows(model: Transformer) -> bool:
-        """Dense models and MoT as it is trained; what mixes or routes in other ways goes part by part."""
+        """Dense models, token choice, and MoT as it is trained; what mixes in other ways goes part by part."""
         config = model.config
-        if not config.has_experts:
+        if not config.has_experts or config.is_token_choice:
             return True
         plain = not any(bank.over_experts or bank.discrete or bank.gated for bank in model.banks)
         return config.is_mot and config.temperature > 0 and plain

@@ -142,33 +142,4 @@ inline void add_up(const std::vector<Pair>& pairs, const float* answers, float* 
     }
 }
 
-// Token choice: each row through the experts whose gate is above zero.
-template <class W>
-void routed(const Experts<W>& experts, const float* x, const float* gates, float* out, long n, long E) {
-    const long D = experts.D;
-    std::vector<Pair> pairs;
-    std::vector<long> first(E + 1);
-    for (long e = 0; e < E; ++e) {
-        first[e] = pairs.size();
-        for (long row = 0; row < n; ++row)
-            if (gates[row * E + e] > 0) pairs.push_back({row, e, gates[row * E + e]});
-    }
-    first[E] = pairs.size();
-    std::vector<float> answers(pairs.size() * D);
-#pragma omp parallel
-    {
-        Scratch scratch(experts.tiles);
-#pragma omp for schedule(dynamic, 1)
-        for (long e = 0; e < E; ++e) {
-            const long count = first[e + 1] - first[e];
-            if (count == 0) continue;
-            std::vector<const float*> from(count);
-            for (long i = 0; i < count; ++i) from[i] = x + pairs[first[e] + i].row * D;
-            const auto to = row_pointers(&answers[first[e] * D], count, D);
-            experts.run(e, from.data(), to.data(), count, scratch);
-        }
-    }
-    add_up(pairs, answers.data(), out, n, D);
-}
-
 }  // namespace

@@ -13,6 +13,7 @@
 #include "normalization.h"
 #include "private_layer.h"
 #include "sampling.h"
+#include "token_choice.h"
 
 extern "C" {
 
@@ -90,6 +91,11 @@ int32_t motserve_decode(const Decoder* decoder, const DecoderStep* step) {
     if (decoder->half) Pass<bf16>(*decoder, *step, memory).run();
     else Pass<float>(*decoder, *step, memory).run();
     return 1;
+}
+
+void motserve_gates(const float* scores, float* gates, int64_t n, int64_t routed, int64_t shared, int64_t per_token,
+                    int32_t normalize) {
+    gates_of({long(routed), long(shared), long(per_token), normalize != 0}, scores, gates, n);
 }
 
 void motserve_routed(const float* x, const float* gates, const void* lin1, const void* lin2, const float* scale1,

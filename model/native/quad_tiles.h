@@ -1,6 +1,6 @@
-// Products of int8 weights in tiles (x86's AMX): 16 rows by 16 columns over 64 terms an instruction. Rows are integers of
-// 16 bits, as for products in pairs, in two parts of 8 bits that are multiplied one after the other. Sums are exact, so
-// results are those of products in pairs, bit for bit.
+// Products of int8 weights in tiles (x86's AMX): 16 rows by 16 columns over 64 terms an instruction. Rows are integers
+// of 16 bits, as for products in pairs, in two parts of 8 bits that are multiplied one after the other. Sums are exact,
+// so results are those of products in pairs, bit for bit.
 
 #pragma once
 
@@ -12,8 +12,8 @@ namespace {
 
 constexpr long QUAD_TERMS = 4 * TILE;
 
-// Rows as integers: their higher and their lower halves in tiles [row tiles, steps, 16 rows, 64 terms], and scales. Terms
-// are filled up with zeros; rows with whatever is there.
+// Rows as integers: their higher and their lower halves in tiles [row tiles, steps, 16 rows, 64 terms], and scales.
+// Terms are filled up with zeros; rows with whatever is there.
 class QuadRows {
    public:
     const uint32_t *high = nullptr, *low = nullptr;

@@ -11,18 +11,22 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.groups import Fill, PrivateRows, SharedGroups
 from model.kv_cache import PagedAttention, PagedKVCache, SingleRows
+from model.mixing import ExpertBank
 from model.native import Kernels
 from model.native.arithmetic import NativeArithmetic
 from model.native.decoder import Company, NativeDecoder
 from model.reference import ReferenceCrowd
+from model.token_choice import TokenChoice
 from model.transformer import Transformer
-from tests.model.kinds import KINDS, MOT, make
+from tests.model.kinds import KINDS, MOT, TOKEN_CHOICE, make
 from tests.model.native.inputs import DTYPES, random_of
 
 BLOCK, WIDTH, BLOCKS = 4, 6, 160
-SMALL = {"dense": KINDS["dense"], "mot": MOT}
+ROW_BY_ROW = ("dense", *TOKEN_CHOICE)
+SMALL = {"mot": MOT, **{name: KINDS[name] for name in ROW_BY_ROW}}
 # Sizes that go into tiles.
 WHOLE = {
+    **{name: KINDS[name].replace(n_embd=64, expert_size=64) for name in TOKEN_CHOICE},
     "dense": KINDS["dense"].replace(n_embd=64, n_inner=96),
     "mot": MOT.replace(n_embd=64, expert_size=64, temperature=0.5, activation_function="gelu_new"),
 }
@@ -62,8 +66,10 @@ class Machine:
         return self.decoder(rows.ids, rows.positions, rows.slots, rows.single, company)
 
     def by_parts(self, rows: Rows, shared: SharedGroups | None, private: PrivateRows | None, public: int) -> Tensor:
-        def mix(layer: int, bank: object, x: Tensor) -> Tensor:
-            parts = [each(layer, bank, part) for each, part in ((shared, x[:public]), (private, x[public:])) if each]  # type: ignore[arg-type]
+        def mix(layer: int, bank: ExpertBank, x: Tensor) -> Tensor:
+            if self.config.is_token_choice:
+                return TokenChoice(self.kernels)(layer, bank, x)
+            parts = [each(layer, bank, part) for each, part in ((shared, x[:public]), (private, x[public:])) if each]
             return torch.cat(parts)
 
         attention = PagedAttention(self.caches[1], self.config, rows.slots, [], rows.single, self.kernels)
@@ -145,16 +151,22 @@ def test_mixtures(
         assert torch.equal(keys, others)
 
 
+@pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [SMALL, WHOLE], ids=["small", "whole"])
-def test_dense_rows(variant: Kernels, sizes: dict[str, ModelConfig], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ROW_BY_ROW)
+def test_rows_that_never_meet(
+    variant: Kernels, kind: str, sizes: dict[str, ModelConfig], dtype: torch.dtype, quantize: bool
+) -> None:
     """All of them to the bit, beside however many."""
-    machine = Machine(variant, sizes["dense"], dtype, "none")
-    rows = Rows(6, sizes["dense"], 3)
+    machine = Machine(variant, sizes[kind], dtype, "none", quantize=quantize)
+    rows = Rows(6, sizes[kind], 3)
     nobody = torch.empty(0)
     found = machine.whole(rows, Company.of([], [], nobody, nobody))
     assert torch.equal(found, machine.by_parts(rows, None, None, 0))
-    one = Rows(6, sizes["dense"], 3)
+    own = torch.tensor([0.5, 0.0]), torch.zeros(2)
+    assert torch.equal(machine.whole(rows, Company.of([], [], *own)), found), "private or not"
+    one = Rows(6, sizes[kind], 3)
     for name in ("ids", "positions", "slots"):
         setattr(one, name, getattr(one, name)[2:3])
     one.single = SingleRows(torch.arange(1), one.single.tables[2:3].contiguous(), one.single.lengths[2:3])
@@ -192,8 +204,8 @@ def test_unknown_rows_are_refused(kernels: Kernels, ids: list[int], positions: l
 
 
 def test_what_goes_part_by_part() -> None:
-    assert NativeDecoder.knows(make(MOT)) and NativeDecoder.knows(make(KINDS["dense"]))
-    others = [config for name, config in KINDS.items() if name not in ("mot", "dense")]
+    assert all(NativeDecoder.knows(Transformer(config)) for config in SMALL.values())
+    others = [config for name, config in KINDS.items() if name not in SMALL]
     changes = ({"temperature": 0.0}, {"emit_softmax_over_experts": True}, {"use_discrete_routing": True})
     others += [MOT.replace(**change) for change in changes]
     assert not any(NativeDecoder.knows(Transformer(config)) for config in others)

@@ -16,7 +16,7 @@ from model.groups import Fill, PrivateRows, SharedGroups
 from model.mixing import ExpertBank, mixing_entropy, mixing_weights
 from model.native import Kernels
 from model.reference import ReferenceCrowd
-from model.token_choice import TokenChoice
+from model.token_choice import TokenChoice, chosen_experts, gates_of
 from tests.model.kinds import KINDS, make
 from tests.model.native.inputs import DTYPES, dtypes, random_of, types
 
@@ -187,6 +187,33 @@ def test_full_groups_in_order_need_no_gathering(kernels: Kernels, fill: str, bes
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(entropy, theirs, atol=1e-4, rtol=1e-4)
     assert not found[8:].any() and found[:8].any()
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 9), experts=st.integers(1, 70), shared=st.integers(0, 2), normalize=st.booleans(),
+    level=st.sampled_from([0.3, 1.0, 1e30]), data=st.data(),
+)  # fmt: skip
+def test_gates(
+    variant: Kernels, rows: int, experts: int, shared: int, normalize: bool, level: float, data: st.DataObject
+) -> None:
+    """As torch's, ties included: scores are of few different values."""
+    per_token = data.draw(st.integers(1, experts))
+    config = KINDS["top-k"].replace(
+        n_expert=experts,
+        n_shared_expert=shared,
+        experts_per_token=per_token,
+        normalize_gates=normalize and per_token > 1,
+    )
+    bank = ExpertBank(config).requires_grad_(False)
+    scores = random_of(rows, experts, seed=experts).mul(2).round().mul(level)
+    wanted = gates_of(bank, torch.softmax(scores, 1), chosen_experts(scores, per_token))
+    found = variant.gates(scores, bank)
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+    assert torch.equal(variant.gates(scores[-1:].contiguous(), bank), found[-1:])
+    scores[0, 0] = float("nan")
+    broken = variant.gates(scores, bank)
+    assert not (broken[0, :experts] > 0).any() and torch.equal(broken[1:], found[1:])
 
 
 @pytest.mark.parametrize("name", ["switch", "top-k"])
