@@ -19,13 +19,15 @@ from server.engine.scheduler import Scheduler
 
 # Pieces of news that a server and its clients can take beside an engine on the same two cores.
 _MOST_NEWS = 2000.0  # a second
+_TOO_MANY = 1.5  # times that: for fewer it did not pay to hold any back
 _LONGEST_WAIT = 0.05  # seconds; fifty milliseconds are still read as flowing
 _SMOOTHING = 0.1  # weight of the newest step's time
 
 
 class Pace:
-    """Tokens a piece of news where requests leave that open: one, and more where ``most`` pieces a second would
-    otherwise not do, but never so many that a token waits longer than ``longest`` seconds at the speed of late."""
+    """Tokens a piece of news where requests leave that open: one, and where that makes many more than ``most`` pieces a
+    second as many as keep to it, but never so many that a token waits longer than ``longest`` seconds at the speed of
+    late."""
 
     def __init__(self, most: float = _MOST_NEWS, longest: float = _LONGEST_WAIT) -> None:
         self._most, self._longest, self._seconds = most, longest, 0.0
@@ -35,7 +37,8 @@ class Pace:
         """So many ``sequences`` had a token each in a step of ``seconds``, which is above zero."""
         new = _SMOOTHING if self._seconds else 1.0
         self._seconds += new * (seconds - self._seconds)
-        wanted = math.ceil(sequences / (self._most * self._seconds))
+        excess = sequences / (self._most * self._seconds)
+        wanted = math.ceil(excess) if excess > _TOO_MANY else 1
         self.interval = max(1, min(wanted, math.floor(self._longest / self._seconds)))
 
 
