@@ -54,10 +54,7 @@ class QuadRows {
 template <class Meanwhile>
 inline void quad_sums(const uint32_t* high, const uint32_t* low, const uint32_t* b, long steps, int32_t* sums,
                       const Meanwhile& meanwhile) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
     for (long s = 0; s < steps; ++s) {
         meanwhile(s);
         _tile_loadd(4, high + s * TILE_WORDS, 64);
@@ -69,10 +66,7 @@ inline void quad_sums(const uint32_t* high, const uint32_t* low, const uint32_t*
         _tile_dpbssd(2, 4, 7);
         _tile_dpbusd(3, 5, 7);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + TILE_WORDS, 64);
-    _tile_stored(2, sums + 2 * TILE_WORDS, 64);
-    _tile_stored(3, sums + 3 * TILE_WORDS, 64);
+    store_sums<true>(sums);
 }
 
 // Rows by all N columns, a multiple of 32, of weights [K, N] with a scale a column that lie in tiles (model/tiles.py):

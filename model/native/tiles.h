@@ -116,15 +116,30 @@ class TileRows {
     }
 };
 
+// Sums stand in the first four tiles, [4, 16, 16]; all: not only the first two are of interest.
+inline void clear_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+template <bool all, class Number>
+inline void store_sums(Number* sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + TILE_WORDS, 64);
+    if constexpr (all) {
+        _tile_stored(2, sums + 2 * TILE_WORDS, 64);
+        _tile_stored(3, sums + 3 * TILE_WORDS, 64);
+    }
+}
+
 // Two tiles of 16 and, with both, two more below them, over all steps: sums [4, 16, 16]. What else is to be done
 // meanwhile, at each step.
 template <bool both, class Meanwhile>
 inline void tile_sums(const uint32_t* a, long a_row, long a_step, const uint32_t* b, long b_column, long b_step,
                       long steps, float* sums, const Meanwhile& meanwhile) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
     for (long s = 0; s < steps; ++s) {
         meanwhile(s);
         _tile_loadd(4, a + s * a_step, 64);
@@ -138,12 +153,7 @@ inline void tile_sums(const uint32_t* a, long a_row, long a_step, const uint32_t
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + TILE_WORDS, 64);
-    if constexpr (both) {
-        _tile_stored(2, sums + 2 * TILE_WORDS, 64);
-        _tile_stored(3, sums + 3 * TILE_WORDS, 64);
-    }
+    store_sums<both>(sums);
 }
 
 struct Nothing {
