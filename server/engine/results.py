@@ -13,13 +13,13 @@ from model.tokenizer import Tokenizer
 from server.engine.detokenizer import Detokenizer
 from server.engine.model_runner import StepLogits
 from server.engine.plan import Plan
-from server.engine.request import Delta, FinishReason, Receipt, Sequence
+from server.engine.request import Delta, FinishReason, Receipt, Sequence, Status
 from server.engine.sampler import SampledToken, Sampler
 from server.engine.scheduler import Scheduler
 
 # Pieces of news that a server and its clients can take beside an engine on the same two cores.
 _MOST_NEWS = 2000.0  # a second
-_TOO_MANY = 1.5  # times that: for fewer it did not pay to hold any back
+_TOO_MANY = 1.5  # times that, above which any are held back: a load about the limit shall not go to and fro
 _LONGEST_WAIT = 0.05  # seconds; fifty milliseconds are still read as flowing
 _SMOOTHING = 0.1  # weight of the newest step's time
 
@@ -81,6 +81,8 @@ class Results:
                     yield sequence, delta
             elif sequence.sampling.max_tokens == 0 and not sequence.prefilling:
                 yield sequence, self._delta(sequence, reason="length")
+        if plan.swap_out:
+            yield from self._held_by_the_swapped()
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept of a sequence that was aborted."""
@@ -113,6 +115,13 @@ class Results:
             state.held = delta
             return None
         return delta
+
+    def _held_by_the_swapped(self) -> Iterator[tuple[Sequence, Delta]]:
+        """News held back of sequences that have made room: they may have no more for long."""
+        for sequence, state in self._under_way.items():
+            if sequence.status is Status.SWAPPED and state.held is not None:
+                held, state.held = state.held, None
+                yield sequence, held
 
     def _interval(self, sequence: Sequence) -> int:
         return sequence.request.stream_interval or self.pace.interval

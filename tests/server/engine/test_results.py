@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,7 @@ from server.engine.engine import Engine
 from server.engine.request import Delta, EngineRequest, Privacy, SamplingParams
 from server.engine.results import Pace
 from server.loading import load
-from tests.server.engine.traffic import alone
+from tests.server.engine.traffic import SMALL, alone
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,22 @@ def test_nothing_is_left_of_news_held_back_when_a_request_goes_away(engine: Engi
     engine.abort("gone")
     assert engine.idle
     assert not engine.results._under_way
+
+
+def test_who_makes_room_is_told_what_was_held_back(build_engine: Any) -> None:
+    engine = build_engine(SMALL, blocks=20, swap_blocks=20, prefill_tokens=2000)
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+    engine.add(EngineRequest("patient", ((7,) * 150,), sampling, priority=1, stream_interval=32))
+    news = [entry for _ in range(5) for entry in engine.step()]
+    assert [len(delta.token_ids) for _, delta in news] == [1], "four more are held back"
+    engine.add(EngineRequest("urgent", ((5,) * 170,), SamplingParams(max_tokens=40, ignore_eos=True)))
+    told = dict(engine.step())
+    assert engine.scheduler._swapped_blocks > 0
+    assert len(told["patient"].token_ids) == 4
+    while not engine.idle:
+        news += engine.step()
+    mine = [delta for request_id, delta in news if request_id == "patient"]
+    assert sum(len(delta.token_ids) for delta in mine) + 4 == 40 and mine[-1].finish_reason == "length"
 
 
 @given(st.integers(0, 5000), st.floats(1e-5, 5), st.floats(10, 1e4), st.floats(1e-3, 1))
