@@ -20,23 +20,23 @@ inline vec error_function(vec x) {
     return x < 0 ? -found : found;
 }
 
-inline void activate(float* x, long count, int kind) {
+// Calls use with the activation of that number, a function of vectors.
+template <class F>
+inline void with_activation(int kind, F use) {
     switch (kind) {
-        case 0:
-            apply(x, count, [](vec v) { return 0.5f * v * (1.0f + error_function(v * 0.70710678118654752f)); });
-            break;
+        case 0: return use([](vec v) { return 0.5f * v * (1.0f + error_function(v * 0.70710678118654752f)); });
         case 1:  // x (1 + tanh(z)) / 2 = x / (1 + e^(-2z))
-            apply(x, count, [](vec v) {
+            return use([](vec v) {
                 const vec z = 1.59576912160573072f * (v + 0.044715f * v * v * v);
                 return v / (1.0f + exponential(-z));
             });
-            break;
-        case 2:
-            for (long i = 0; i < count; ++i) x[i] = x[i] > 0 ? x[i] : 0;
-            break;
-        default:
-            apply(x, count, [](vec v) { return v / (1.0f + exponential(-v)); });
+        case 2: return use([](vec v) { return v > 0 ? v : vec{}; });
+        default: return use([](vec v) { return v / (1.0f + exponential(-v)); });
     }
+}
+
+inline void activate(float* x, long count, int kind) {
+    with_activation(kind, [&](auto activation) { apply(x, count, activation); });
 }
 
 // The same by several threads where that is worth it.

@@ -105,8 +105,14 @@ struct PassMemory {
             gates = room.take(n * d.E);
             return;
         }
-        members = room.take(places * d.D), scores = room.take(places * d.E), out = room.take(places * d.D);
-        answers = room.take(s.groups * beside);
+        members = room.take(places * d.D), scores = room.take(places * d.E);
+#ifdef MOTSERVE_TILES
+        if (alone == 0 && d.experts >= TILES && GroupTiles::worth_it(d.G)) {
+            answers = room.take(GroupTiles::words(s.groups, d.G, d.D, d.E));
+            return;
+        }
+#endif
+        out = room.take(places * d.D), answers = room.take(s.groups * beside);
         if (alone == 0) return;
         mixes = room.take(s.groups * beside);
         private_answers = room.take(alone * beside);
@@ -193,14 +199,13 @@ class Pass {
             gather<C>(layer);
             mix_weights(m.scores, s.groups, d.G, d.E, d.temperature, s.shared_entropy);
         }
-        if (s.rows > s.shared) beside_private_rows(layer);
-        else
-            with(layer, [&](const auto& experts) {
-                shared_layer(experts, SharedLayer{long(s.groups), long(d.G), long(d.E), m.members, m.scores, m.answers,
-                                                  m.out});
-            });
-        for (long at = 0; at < s.groups * d.G; ++at)
-            if (s.members[at] >= 0) add(m.out + at * d.D, m.x + s.members[at] * d.D, d.D);
+        if (s.rows > s.shared) return beside_private_rows(layer);
+        std::vector<float*> rows(s.groups * d.G);
+        for (long at = 0; at < s.groups * d.G; ++at) rows[at] = s.members[at] < 0 ? nullptr : m.x + s.members[at] * d.D;
+        with(layer, [&](const auto& experts) {
+            shared_layer(experts, SharedLayer{long(s.groups), long(d.G), long(d.E), m.members, m.scores, m.answers,
+                                              m.out, rows.data()});
+        });
     }
 
     // Members of the shared groups, and their scores [groups, G, E].
@@ -250,6 +255,8 @@ class Pass {
             for (long j = 0; j < D; j += 8 * LANES)
                 all_weighted_sums(m.scores + group * G * E, E, 1, m.answers + group * D, E, apart, j,
                                   std::min(D, j + 8 * LANES), m.out + group * G * D, D, G);
+        for (long at = 0; at < s.groups * G; ++at)
+            if (s.members[at] >= 0) add(m.out + at * D, m.x + s.members[at] * D, D);
         add(m.next + s.shared * D, m.x + s.shared * D, (s.rows - s.shared) * D);
     }
 

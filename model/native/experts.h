@@ -23,7 +23,7 @@ class Scratch {
     explicit Scratch(bool tiles) {
         if (tiles) in_use_.emplace();
     }
-    TileRows tile_rows;
+    TileRows tile_rows, hidden_tiles;
     QuadRows quad_rows;
 #else
     explicit Scratch(bool) {}
@@ -58,36 +58,51 @@ struct Experts {
     // Expert e on its rows.
     void run(long e, const float* const* in, float* const* out, long rows, Scratch& scratch) const {
         if (rows == 0) return;
-        const long apart = (tiles ? 2 : 1) * D * S;
-        const W *first = lin1 + e * apart, *second = lin2 + e * apart;
-        float* const* hidden = scratch.rows_of(rows, S);
 #ifdef MOTSERVE_TILES
         if (tiles) {
-            in_tiles(in, rows, first, D, S, scale1 == nullptr ? nullptr : scale1 + e * S, hidden, scratch);
-            activate(hidden[0], rows * S, activation);
-            return in_tiles(hidden, rows, second, S, D, scale2 == nullptr ? nullptr : scale2 + e * D, out, scratch);
+            if constexpr (std::is_same_v<W, bf16>) {
+                scratch.tile_rows.pack(in, rows, D, false);
+                return run_tiles(e, scratch.tile_rows, ToRows{out}, scratch);
+            }
+            if constexpr (std::is_same_v<W, int8_t>) return run_tiles(e, in, rows, ToRows{out}, scratch);
         }
 #endif
-        product(in, rows, first, D, S, scale1 == nullptr ? nullptr : scale1 + e * S, second, hidden, scratch.packed);
+        const W *first = lin1 + e * D * S, *second = lin2 + e * D * S;
+        float* const* hidden = scratch.rows_of(rows, S);
+        product(in, rows, first, D, S, scales(scale1, e, S), second, hidden, scratch.packed);
         activate(hidden[0], rows * S, activation);
-        product(hidden, rows, second, S, D, scale2 == nullptr ? nullptr : scale2 + e * D, first + D * S, out,
-                scratch.packed);
+        product(hidden, rows, second, S, D, scales(scale2, e, D), first + D * S, out, scratch.packed);
     }
 
 #ifdef MOTSERVE_TILES
-   private:
-    static void in_tiles(const float* const* in, long rows, const W* weights, long K, long N, const float* scales,
-                         float* const* out, Scratch& scratch) {
-        if constexpr (std::is_same_v<W, bf16>) {
-            scratch.tile_rows.pack(in, rows, K, false);
-            tiled_products(scratch.tile_rows, weights, 0, N, out);
-        }
-        if constexpr (std::is_same_v<W, int8_t>) {
-            scratch.quad_rows.pack(in, rows, K);
-            quad_products(scratch.quad_rows, weights, scales, N, out);
-        }
+    // Expert e on rows that are in tiles already.
+    template <class To>
+    void run_tiles(long e, const TileRows& rows, const To& to, Scratch& scratch) const {
+        TileRows& hidden = scratch.hidden_tiles;
+        hidden.reserve(rows.count, S);
+        with_activation(activation, [&](auto function) {
+            tiled_products(rows, lin1 + 2 * e * D * S, 0, S, [&](long row, long unit, __m512 numbers) {
+                hidden.put(row, unit, (__m512)function((vec)numbers));
+            });
+        });
+        tiled_products(hidden, lin2 + 2 * e * D * S, 0, D, to);
+    }
+
+    template <class To>
+    void run_tiles(long e, const float* const* in, long rows, const To& to, Scratch& scratch) const {
+        float* const* hidden = scratch.rows_of(rows, S);
+        scratch.quad_rows.pack(in, rows, D);
+        quad_products(scratch.quad_rows, lin1 + 2 * e * D * S, scales(scale1, e, S), S, ToRows{hidden});
+        activate(hidden[0], rows * S, activation);
+        scratch.quad_rows.pack(hidden, rows, S);
+        quad_products(scratch.quad_rows, lin2 + 2 * e * D * S, scales(scale2, e, D), D, to);
     }
 #endif
+
+   private:
+    static const float* scales(const float* of_all, long e, long count) {
+        return of_all == nullptr ? nullptr : of_all + e * count;
+    }
 };
 
 // Calls use with the experts of a type known at run time only.

@@ -99,7 +99,7 @@ inline void linear_in_tiles(const float* x, const bf16* weight, const Added<bf16
         for (long s = 0; s < stripes; ++s) {
             const long begin = s * stripe, end = std::min(N, begin + stripe);
             if (by_output) tile_dots(packed, weight, K, N, begin, end, copy, to.data());
-            else tiled_products(packed, weight, begin, end, to.data());
+            else tiled_products(packed, weight, begin, end, ToRows{to.data()});
             added.to(to, N, begin, end);
         }
     }

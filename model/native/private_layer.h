@@ -142,7 +142,7 @@ class TileMixes {
                 _mm512_store_si512(to + TILE_WORDS, _mm512_permutex2var_epi16(even, places(TILE), odd));
             }
         weights_.pack(merge.data(), merge.size(), l.members, false);
-        tiled_products(weights_, reinterpret_cast<const bf16*>(words), 0, l.D, out.data());
+        tiled_products(weights_, reinterpret_cast<const bf16*>(words), 0, l.D, ToRows{out.data()});
     }
 
    private:

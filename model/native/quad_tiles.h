@@ -71,7 +71,8 @@ inline void quad_sums(const uint32_t* high, const uint32_t* low, const uint32_t*
 
 // Rows by all N columns, a multiple of 32, of weights [K, N] with a scale a column that lie in tiles (model/tiles.py):
 // [N / 32, steps, 2 tiles, 16 times 4 terms, 16 columns].
-inline void quad_products(const QuadRows& rows, const int8_t* weights, const float* scales, long N, float* const* c) {
+template <class To>
+inline void quad_products(const QuadRows& rows, const int8_t* weights, const float* scales, long N, const To& to) {
     alignas(64) int32_t sums[4 * TILE_WORDS];
     const long size = rows.steps * TILE_WORDS;
     for (long first = 0; first < rows.tiles; first += TILES_AT_ONCE)
@@ -87,7 +88,7 @@ inline void quad_products(const QuadRows& rows, const int8_t* weights, const flo
                         const __m512i upper = _mm512_slli_epi32(_mm512_load_si512(at), 8);
                         const __m512i total = _mm512_add_epi32(upper, _mm512_load_si512(at + TILE_WORDS));
                         const __m512 by = _mm512_loadu_ps(scales + j + half * TILE) * _mm512_set1_ps(rows.scales[r]);
-                        _mm512_storeu_ps(c[r] + j + half * TILE, _mm512_cvtepi32_ps(total) * by);
+                        to(r, j + half * TILE, _mm512_cvtepi32_ps(total) * by);
                     }
             }
         }

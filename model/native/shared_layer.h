@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "experts.h"
+#include "group_tiles.h"
 
 namespace {
 
@@ -52,15 +53,81 @@ inline void all_weighted_sums(const float* weights, long sum, long term, const f
         weighted_sums<1>(weights + k * sum, sum, term, in, terms, apart, begin, end, sums + k * sums_apart, sums_apart);
 }
 
-// Members [n, G, D]; the weights that mix and redistribute [n, G, E]; room for answers [n, E, D]; out like members.
+// Members [n, G, D]; the weights that mix and redistribute [n, G, E]; rows [n * G] of what members belong to, null where
+// nobody asks, to which is added what they get. Room for answers [n, E, D] and for what members get [n, G, D]; the former
+// for GroupTiles where these are used.
 struct SharedLayer {
     long n, G, E;
     const float *members, *weights;
     float *answers, *out;
+    float* const* rows;
+};
+
+#ifdef MOTSERVE_TILES
+// The mixes of 16 experts, as their products take them.
+template <class W>
+struct BlockMixes;
+
+template <>
+struct BlockMixes<bf16> {
+    TileRows rows[TILE];
+
+    BlockMixes(long n, long D) {
+        for (TileRows& some : rows) some.reserve(n, D);
+    }
+    void put(long e, long group, long column, __m512 numbers) { rows[e].put(group, column, numbers); }
+    template <class To>
+    void run(const Experts<bf16>& experts, long expert, long e, const To& to, Scratch& scratch) {
+        experts.run_tiles(expert, rows[e], to, scratch);
+    }
+};
+
+template <>
+struct BlockMixes<int8_t> {
+    const long n, D;
+    std::vector<float> rows;
+
+    BlockMixes(long n, long D) : n(n), D(D), rows(TILE * n * D) {}
+    void put(long e, long group, long column, __m512 numbers) {
+        _mm512_storeu_ps(&rows[(e * n + group) * D + column], numbers);
+    }
+    template <class To>
+    void run(const Experts<int8_t>& experts, long expert, long e, const To& to, Scratch& scratch) {
+        const auto from = row_pointers(static_cast<const float*>(&rows[e * n * D]), n, D);
+        experts.run_tiles(expert, from.data(), n, to, scratch);
+    }
 };
 
 template <class W>
+void shared_layer_in_tiles(const Experts<W>& experts, const SharedLayer& l) {
+    const long D = experts.D;
+    const GroupTiles groups(l.n, l.G, D, l.E, reinterpret_cast<uint32_t*>(l.answers));
+#pragma omp parallel
+    {
+        Scratch scratch(true);
+        BlockMixes<W> mixes(l.n, D);
+#pragma omp for schedule(static)
+        for (long g = 0; g < l.n; ++g) groups.pack(g, l.members + g * l.G * D, l.weights + g * l.G * l.E);
+#pragma omp for schedule(dynamic, 1)
+        for (long first = 0; first < l.E; first += TILE) {
+            for (long g = 0; g < l.n; ++g)
+                groups.mix(g, first, [&](long e, long column, __m512 numbers) { mixes.put(e, g, column, numbers); });
+            for (long e = 0; e < std::min(TILE, l.E - first); ++e)
+                mixes.run(experts, first + e, e, GroupTiles::Answers{groups, first + e}, scratch);
+        }
+#pragma omp for collapse(2) schedule(static)
+        for (long g = 0; g < l.n; ++g)
+            for (long j = 0; j < D; j += 4 * TILE) groups.share_out(g, j, std::min(D, j + 4 * TILE), l.rows + g * l.G);
+    }
+}
+#endif
+
+template <class W>
 void shared_layer(const Experts<W>& experts, const SharedLayer& l) {
+#ifdef MOTSERVE_TILES
+    if constexpr (!std::is_same_v<W, float>)
+        if (experts.tiles && GroupTiles::worth_it(l.G)) return shared_layer_in_tiles(experts, l);
+#endif
     const long D = experts.D, columns = 8 * LANES;
 #pragma omp parallel
     {
@@ -80,9 +147,13 @@ void shared_layer(const Experts<W>& experts, const SharedLayer& l) {
         }
 #pragma omp for collapse(2) schedule(static)
         for (long g = 0; g < l.n; ++g)
-            for (long j = 0; j < D; j += columns)
-                all_weighted_sums(l.weights + g * l.G * l.E, l.E, 1, l.answers + g * l.E * D, l.E, D, j,
-                                  std::min(D, j + columns), l.out + g * l.G * D, D, l.G);
+            for (long begin = 0; begin < D; begin += columns) {
+                const long end = std::min(D, begin + columns);
+                all_weighted_sums(l.weights + g * l.G * l.E, l.E, 1, l.answers + g * l.E * D, l.E, D, begin, end,
+                                  l.out + g * l.G * D, D, l.G);
+                for (long at = g * l.G; at < (g + 1) * l.G; ++at)
+                    for (long j = begin; j < end && l.rows[at] != nullptr; ++j) l.rows[at][j] += l.out[at * D + j];
+            }
     }
 }
 

@@ -105,15 +105,22 @@ class TileRows {
         }
     }
 
-   private:
-    TileMemory memory_;
-    uint32_t* to_ = nullptr;
+    // 16 numbers of a row, from a term on that is a multiple of 16.
+    void put(long row, long term, __m512 numbers) {
+        uint32_t* to = to_ + (row / TILE * steps + term / TERMS) * TILE_WORDS + row % TILE * TILE + term % TERMS / 2;
+        _mm256_store_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(numbers));
+    }
 
+    // 32 numbers, or those there are.
     static __m512i rounded(const float* x, long left) {
         const __mmask32 mask = left < TERMS ? (1u << left) - 1 : 0xffffffff;
         const __m512 low = _mm512_maskz_loadu_ps(mask & 0xffff, x), high = _mm512_maskz_loadu_ps(mask >> 16, x + 16);
         return (__m512i)_mm512_cvtne2ps_pbh(high, low);
     }
+
+   private:
+    TileMemory memory_;
+    uint32_t* to_ = nullptr;
 };
 
 // Sums stand in the first four tiles, [4, 16, 16]; all: not only the first two are of interest.
@@ -174,9 +181,17 @@ struct FetchTiles {
 
 constexpr long TILES_AT_ONCE = 16;  // of rows, whose pairs stay in a cache while all columns pass
 
+// Takes results, 16 columns of a row from one on, to rows of floats.
+struct ToRows {
+    float* const* c;
+
+    void operator()(long row, long column, __m512 numbers) const { _mm512_storeu_ps(c[row] + column, numbers); }
+};
+
 // Rows by columns [begin, end), multiples of 32, of weights [K, N] that lie in tiles (model/tiles.py): [N / 32, steps,
 // 2 tiles, 16 pairs of terms, 16 columns].
-inline void tiled_products(const TileRows& rows, const bf16* weights, long begin, long end, float* const* c) {
+template <class To>
+inline void tiled_products(const TileRows& rows, const bf16* weights, long begin, long end, const To& to) {
     alignas(64) float sums[4 * TILE_WORDS];
     const long steps = rows.steps, size = steps * TILE_WORDS;
     for (long first = 0; first < rows.tiles; first += TILES_AT_ONCE)
@@ -191,8 +206,8 @@ inline void tiled_products(const TileRows& rows, const bf16* weights, long begin
                 else t + 1 < rows.tiles ? add_up(Yes(), Nothing()) : add_up(No(), Nothing());
                 for (long r = t * TILE; r < std::min(rows.count, (t + 2) * TILE); ++r) {
                     const float* at = sums + (r - t * TILE) / TILE * 2 * TILE_WORDS + r % TILE * TILE;
-                    _mm512_storeu_ps(c[r] + j, _mm512_load_ps(at));
-                    _mm512_storeu_ps(c[r] + j + TILE, _mm512_load_ps(at + TILE_WORDS));
+                    to(r, j, _mm512_load_ps(at));
+                    to(r, j + TILE, _mm512_load_ps(at + TILE_WORDS));
                 }
             }
         }

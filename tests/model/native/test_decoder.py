@@ -21,7 +21,7 @@ from model.transformer import Transformer
 from tests.model.kinds import KINDS, MOT, TOKEN_CHOICE, make
 from tests.model.native.inputs import DTYPES, random_of
 
-BLOCK, WIDTH, BLOCKS = 4, 6, 160
+BLOCK, WIDTH, BLOCKS = 4, 6, 640
 ROW_BY_ROW = ("dense", *TOKEN_CHOICE)
 SMALL = {"mot": MOT, **{name: KINDS[name] for name in ROW_BY_ROW}}
 # Sizes that go into tiles.
@@ -152,6 +152,33 @@ def test_mixtures(
 
 
 @pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("experts", [5, 16, 33])
+@pytest.mark.parametrize("size", [16, 32, 40])
+def test_groups_of_many_members(variant: Kernels, size: int, experts: int, quantize: bool) -> None:
+    """Where mixes and answers go through tiles, in which not all places are taken."""
+    config = WHOLE["mot"].replace(group_size=size, n_expert=experts)
+    machine = Machine(variant, config, torch.bfloat16, "reference", quantize=quantize)
+    lives = [size, 1, 7] + [2] * 15  # more groups than a tile has rows
+    ends = [sum(lives[: n + 1]) for n in range(len(lives))]
+    groups = [list(range(end - live, end)) for end, live in zip(ends, lives, strict=True)]
+    rows = Rows(ends[-1], config, 0)
+    company = company_of(groups, size, rows, [])
+    found = machine.whole(rows, company)
+    places = torch.tensor([n * size + i for n, live in enumerate(lives) for i in range(live)])
+    shared = SharedGroups(
+        config, machine.fill, rows=torch.arange(ends[-1]), places=places, positions=company.places, largest=size,
+        kernels=variant,
+    )  # fmt: skip
+    wanted = machine.by_parts(rows, shared, None, ends[-1])
+    torch.testing.assert_close(found, wanted, atol=5e-2, rtol=5e-2)
+    torch.testing.assert_close(company.shared_entropy, shared.entropy, atol=5e-2, rtol=5e-2)
+    some = [group for number, group in enumerate(groups) if number != 1]
+    others = machine.whole(rows, company_of(some, size, rows, []))
+    inside = [row for group in some for row in group]
+    assert torch.equal(others[inside], found[inside]), "groups depend on each other"
+
+
+@pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [SMALL, WHOLE], ids=["small", "whole"])
 @pytest.mark.parametrize("kind", ROW_BY_ROW)
@@ -222,3 +249,8 @@ def test_when_it_is_the_way(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -
     assert not machine.decoder.prefers(10000, 2)
     alone = Machine(kernels, config, torch.float32, "none").decoder
     assert alone.prefers(0, 0) and not alone.prefers(8, 2)
+    bank = machine.model.banks[0]
+    assert kernels.prefers_whole(128, 32, bank) and not kernels.prefers_whole(129, 32, bank)
+    bank.in_tiles = True
+    assert kernels.prefers_whole(512, 32, bank) and not kernels.prefers_whole(513, 32, bank)
+    assert not kernels.prefers_whole(513, 8, bank), "tiles would be half empty"
