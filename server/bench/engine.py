@@ -21,7 +21,8 @@ PARTS = ("scheduling", "grouping", "model", "sampling", "results")
 class EngineLoad:
     """``concurrency`` requests of ``prompt_tokens`` that all decode ``output_tokens``, begun together; the first
     ``private_share`` of them private. ``spread``: prompts are up to so many tokens shorter, so that positions differ.
-    With ``requests``, so many in all, ``concurrency`` of them under way (closed loop), private ones evenly among them.
+    With ``requests``, so many in all, ``concurrency`` of them under way (closed loop), private ones evenly among them;
+    the first ``concurrency`` begin ``stagger`` steps after each other, as clients of a server do.
     ``temperature``: what tokens are drawn at, 0: greedy."""
 
     concurrency: int
@@ -31,6 +32,7 @@ class EngineLoad:
     spread: int = 0
     requests: int | None = None
     temperature: float = 0.8
+    stagger: int = 0
 
     @property
     def total(self) -> int:
@@ -86,14 +88,14 @@ def bench_engine(
     weights = engine.runner.model.weight_bytes
     for load in loads:
         engine.check(_requests(engine, load, privacy, 0)[0])
-    first = replace(loads[0], requests=None)
+    first = replace(loads[0], requests=None, stagger=0)
     _run(engine, _requests(engine, first, privacy, 0), first.concurrency)  # warms caches and allocators up
     taken: list[list[list[StepStats]]] = [[] for _ in loads]
     limits: list[list[Limits]] = [[] for _ in loads]
     for repeat in range(repeats):
         for place, load in enumerate(loads):
             limits[place].append(machine.limits())
-            taken[place].append(_run(engine, _requests(engine, load, privacy, repeat), load.concurrency))
+            taken[place].append(_run(engine, _requests(engine, load, privacy, repeat), load.concurrency, load.stagger))
             progress((repeat * len(loads) + place + 1) / (repeats * len(loads)))
     for load, runs, found in zip(loads, taken, limits, strict=True):
         yield _result(load, runs, median_of(found), weights)
@@ -111,18 +113,23 @@ def _requests(engine: Engine, load: EngineLoad, privacy: Privacy, seed: int) -> 
     return requests
 
 
-def _run(engine: Engine, requests: Sequence[EngineRequest], at_once: int) -> list[StepStats]:
-    """``at_once`` of them under way, each replaced when it ends."""
+def _run(engine: Engine, requests: Sequence[EngineRequest], at_once: int, stagger: int = 0) -> list[StepStats]:
+    """``at_once`` of them under way, each replaced when it ends. The first ones ``stagger`` steps after each other."""
     waiting = iter(requests)
-    for request in islice(waiting, at_once):
-        engine.add(request)
-    steps = []
-    while not engine.idle:
-        news = engine.step()
-        steps.append(engine.last_step)
-        for request in islice(waiting, sum(delta.finish_reason is not None for _, delta in news)):
+    steps: list[StepStats] = []
+    begun = finished = 0
+    while begun < len(requests) or not engine.idle:
+        open_places = at_once if stagger == 0 else min(at_once, 1 + len(steps) // stagger)
+        for request in islice(waiting, open_places + finished - begun):
             engine.add(request)
-    return steps
+            begun += 1
+        if engine.idle:  # all that were open have ended before the next place opens
+            steps.append(StepStats())
+            continue
+        news = engine.step()
+        finished += sum(delta.finish_reason is not None for _, delta in news)
+        steps.append(engine.last_step)
+    return [step for step in steps if step.parts]
 
 
 def _steady(run: list[StepStats]) -> list[StepStats]:

@@ -39,6 +39,9 @@ def engine(
     requests: Annotated[
         int | None, typer.Option(min=1, help="So many in all, each one's end letting the next begin. [all at once]")
     ] = None,
+    stagger: Annotated[
+        int, typer.Option(min=0, help="With requests: the first ones begin so many steps after each other.")
+    ] = 0,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0: greedy.")] = 0.8,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     device: str = "auto",
@@ -68,6 +71,8 @@ def engine(
         counts = _list_of("concurrency", concurrency, int, 1, 4096)
         if requests is not None and requests < max(counts):
             raise ValueError(f"requests: {requests} are too few for {max(counts)} at once")
+        if stagger and requests is None:
+            raise ValueError("stagger: is for a closed loop; say how many requests in all")
         if baseline and requests is not None:
             raise ValueError("baseline: not with requests; the plain loop begins all of them together")
         flags = {"device": device, "dtype": dtype, "kernels": kernels, "group_fill": group_fill, "quantize": quantize}
@@ -86,7 +91,7 @@ def engine(
             default = Privacy(private_temperature, 0.0 if private_temperature == 0 else default.skip_below)
         machine = machine_of(tested.runner.model.device, tested.runner.model.dtype)
         loads = [
-            EngineLoad(count, share, prompt_tokens, output_tokens, spread, requests, temperature)
+            EngineLoad(count, share, prompt_tokens, output_tokens, spread, requests, temperature, stagger)
             for count in counts
             for share in shares
         ]

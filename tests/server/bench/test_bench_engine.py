@@ -60,6 +60,19 @@ def test_each_end_lets_the_next_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.requests == 10 and result.whole_tokens_per_second >= result.output_tokens_per_second > 0
 
 
+@pytest.mark.parametrize(("stagger", "second"), [(3, 3), (9, 5)])  # steps; the first has ended after five
+def test_the_first_begin_one_after_the_other(monkeypatch: pytest.MonkeyPatch, stagger: int, second: int) -> None:
+    engine = load(Settings(model=GOLDEN)).engine.direct
+    watched = Watched(engine, monkeypatch)
+    asked = EngineLoad(3, 0.0, 9, 5, requests=8, temperature=0.0, stagger=stagger)
+    (result,) = bench_engine(
+        engine, [asked], Machine(torch.device("cpu"), torch.float32), Privacy(0.05, 0.0), repeats=1
+    )
+    begun_by = [begun - 3 for _, begun in watched.steps if begun > 3]
+    assert begun_by.index(2) == second and len(watched.added) == 3 + 8
+    assert result.whole_tokens_per_second > 0 and result.step_seconds > 0
+
+
 def test_outputs_that_end_before_the_last_prompt() -> None:
     """Then never all decode at once: what counts is the steps in which the most do, and how many that was is said."""
     engine = load(Settings(model=GOLDEN, prefill_tokens=4)).engine.direct
@@ -90,6 +103,8 @@ def test_requests_of_a_command() -> None:
         ("--requests", "2", "--concurrency", "1,3"),
         ("--requests", "9", "--concurrency", "3", "--baseline"),
         ("--temperature", "3"),
+        ("--stagger", "2"),
+        ("--stagger", "-1", "--requests", "9"),
     ],
 )
 def test_a_mistake_names_its_field(arguments: tuple[str, ...]) -> None:
