@@ -67,6 +67,11 @@ class Settings(BaseSettings):
         description="milliseconds that a public request may wait, after its first token, for a group that is about to "
         "reach its position; 0: none waits",
     )  # fmt: skip
+    max_prompt_wait: float = Field(
+        50.0, ge=0, le=60_000, allow_inf_nan=False,
+        description="milliseconds that a public prompt may wait, while others run, for prompts to be computed with; "
+        "it does where that is found to save more waiting than it costs; 0: none waits",
+    )  # fmt: skip
     private: Literal["default-off", "default-on", "force"] = "default-off"
     api_keys: Path | None = Field(None, description="TOML file of API keys; without one, anybody is served")
     kv_cache_memory: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**30, ge=1)

@@ -14,6 +14,7 @@ from server.bench.step_cost import StepCost
 from server.bench.trace import Arrival
 from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
+from server.engine.gathering import Gathering
 from server.engine.grouping import GroupingPolicy
 from server.engine.plan import Group, Plan
 from server.engine.request import EngineRequest, RequestError, SamplingParams
@@ -26,8 +27,8 @@ _BLOCK = 16  # tokens
 class GroupingResult:
     """``live_members``, ``position_spread`` (of a token's group), ``lone_share`` and ``expected_loss`` (nats above
     exact position) are means over decoded tokens, ``groups_per_step`` and ``step_seconds`` over steps that decode.
-    Tokens a second are of the time in which anything ran; ``request_seconds``, from arrival to end, is a mean over
-    requests."""
+    Tokens a second are of the time in which anything ran; ``first_token_seconds`` and ``request_seconds``, from arrival
+    to first token and to end, are means over requests."""
 
     policy: str
     live_members: float
@@ -37,6 +38,7 @@ class GroupingResult:
     expected_loss: float
     output_tokens_per_second: float
     step_seconds: float
+    first_token_seconds: float
     request_seconds: float
     requests: int
     steps: int
@@ -54,7 +56,8 @@ def policies(group_size: int, windows: Sequence[int], adaptive: GroupingPolicy) 
 
 
 class Replay:
-    """One policy on one trace. ``align_wait`` in seconds. Raises ValueError when a request does not fit."""
+    """One policy on one trace. ``align_wait`` and ``prompt_wait`` in seconds. Raises ValueError when a request does not
+    fit."""
 
     def __init__(
         self,
@@ -65,16 +68,19 @@ class Replay:
         max_running: int = 256,
         prefill_tokens: int = 192,
         align_wait: float = 0.0,
+        prompt_wait: float = 0.0,
     ) -> None:
         self._policy, self._cost = policy, cost
         self._now = self._busy = 0.0
         longest = max(arrival.prompt_tokens + arrival.output_tokens for arrival in trace)
         blocks = BlockManager(max_running * -(-longest // _BLOCK) + 1, _BLOCK)  # memory never is what holds requests up
         alignment = Alignment(policy.group_size, align_wait, lambda: self._now) if align_wait > 0 else None
-        self._scheduler = Scheduler(blocks, SchedulerLimits(max_running, prefill_tokens), alignment)
+        gathering = Gathering(policy.group_size, prompt_wait, lambda: self._now) if prompt_wait > 0 else None
+        limits = SchedulerLimits(max_running, prefill_tokens, cohort=policy.group_size)
+        self._scheduler = Scheduler(blocks, limits, alignment, gathering)
         self._coming = deque(sorted(trace, key=lambda arrival: arrival.seconds))
         self._arrived: dict[str, float] = {}
-        self._request_seconds = 0.0
+        self._first_token_seconds = self._request_seconds = 0.0
         self._steps = self._decoding_steps = self._groups = self._tokens = 0
         self._decoding_seconds = 0.0
         self._rows = self._members = self._spread = self._lone = 0
@@ -91,7 +97,7 @@ class Replay:
         return GroupingResult(
             name, self._members / rows, self._groups / steps, self._spread / rows, self._lone / rows,
             self._loss / rows, self._tokens / self._busy, self._decoding_seconds / steps,
-            self._request_seconds / requests, requests, self._steps,
+            self._first_token_seconds / requests, self._request_seconds / requests, requests, self._steps,
         )  # fmt: skip
 
     def _take_arrivals(self) -> None:
@@ -121,9 +127,12 @@ class Replay:
             sequence = chunk.sequence
             sequence.token_ids.append(0)
             self._tokens += 1
+            seconds = self._now - self._arrived[sequence.request.request_id]
+            if sequence.output_length == 1:
+                self._first_token_seconds += seconds
             if sequence.output_length >= sequence.sampling.max_tokens:
                 self._scheduler.finish(sequence)
-                self._request_seconds += self._now - self._arrived[sequence.request.request_id]
+                self._request_seconds += seconds
 
     def _count(self, plan: Plan, groups: tuple[Group, ...], seconds: float) -> None:
         """Decode groups only."""

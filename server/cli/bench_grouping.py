@@ -32,6 +32,7 @@ def grouping(
         typer.Option(help="What distance costs: mixed, annealed (tables of a small model) or auto, the shape's own."),
     ] = "auto",
     max_align_wait: Annotated[float, typer.Option(min=0, max=60_000, help="Milliseconds, as of serve.")] = 0.0,
+    max_prompt_wait: Annotated[float, typer.Option(min=0, max=60_000, help="Milliseconds, as of serve.")] = 50.0,
     max_concurrent: Annotated[int, typer.Option(min=1)] = 256,
     prefill_tokens: Annotated[int, typer.Option(min=1)] = 192,
     device: str = "auto",
@@ -73,7 +74,7 @@ def grouping(
             bar.update(task, description=name, completed=0)
             replay = Replay(
                 arrivals, policy, cost, max_running=max_concurrent, prefill_tokens=prefill_tokens,
-                align_wait=max_align_wait / 1000,
+                align_wait=max_align_wait / 1000, prompt_wait=max_prompt_wait / 1000,
             )  # fmt: skip
             result = replay.run(name, lambda done: bar.update(task, completed=done))
             about = {"shape": shape, "loss": chosen.name, "max_groups": adaptive.max_groups}

@@ -31,6 +31,9 @@ def serve(
     max_align_wait: Annotated[
         float | None, typer.Option(help="Milliseconds a request may wait for a group to reach its position. [0]")
     ] = None,
+    max_prompt_wait: Annotated[
+        float | None, typer.Option(help="Milliseconds a public prompt may wait for others to be computed with. [50]")
+    ] = None,
     private: Annotated[str | None, typer.Option(help="default-off, default-on or force.")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="TOML file of API keys; see `motserve key`.")] = None,
     kv_cache_memory: Annotated[str | None, typer.Option(help="Such as 1GiB or 512MB.")] = None,

@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 from server.engine.admission import Admission
 from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
+from server.engine.gathering import Gathering
 from server.engine.grouping import GroupingPolicy
 from server.engine.model_runner import ModelRunner
 from server.engine.plan import Group, Plan
@@ -20,7 +21,8 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 
 class Engine:
     """Requests in by ``add``, news out of ``step``, both in token ids (text comes along where there is a tokenizer).
-    ``align_wait``: seconds that a request may be held back so as to decode beside others at its position."""
+    ``align_wait``: seconds that a request may be held back so as to decode beside others at its position;
+    ``prompt_wait``: that its prompt may be, so as to be computed with others'."""
 
     def __init__(
         self,
@@ -31,13 +33,17 @@ class Engine:
         *,
         blocks: int,
         align_wait: float = 0.0,
+        prompt_wait: float = 0.0,
     ) -> None:
         self.runner, self.grouping, self.tokenizer = runner, grouping, tokenizer
         self.config = runner.config
         alignment = None
         if align_wait > 0 and self.config.is_mot:
             alignment = Alignment(grouping.group_size, align_wait, time.monotonic)
-        self.scheduler = Scheduler(BlockManager(blocks, runner.cache.block_size), limits, alignment)
+        gathering = None
+        if prompt_wait > 0 and self.config.is_grouped:
+            gathering = Gathering(grouping.group_size, prompt_wait, time.monotonic)
+        self.scheduler = Scheduler(BlockManager(blocks, runner.cache.block_size), limits, alignment, gathering)
         self.sampler = Sampler(self.config.eos_token_id, runner.kernels)
         self.results = Results(
             self.scheduler,

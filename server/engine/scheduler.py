@@ -1,9 +1,9 @@
 """Which sequences run, with which KV blocks, and when they end. Integers only: no tensor passes here.
 
 Every running sequence decodes one token a step, except while it waits to be aligned with others; beside that, prompts
-are computed in chunks. Chunks of public prompts that stand at the same position advance together, so that they can mix.
-Chunks of private prompts begin at multiples of a fixed size whatever else happens, so that their shapes depend on the
-request alone.
+are computed in chunks, public ones when enough of them have gathered. Those that stand at the same position advance
+together, so that they can mix. Chunks of private prompts begin at multiples of a fixed size whatever else happens, so
+that their shapes depend on the request alone.
 
 A request of higher priority that finds no room makes some: later ones of lower priority are swapped out, keys and
 values and all, and go on where they were when there is room again. Nothing is computed twice: what a public sequence
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from server.engine.admission import Capacity
 from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
+from server.engine.gathering import Gathering
 from server.engine.plan import Chunk, Plan, Swap
 from server.engine.prefix_cache import PrefixCache
 from server.engine.request import EngineRequest, Sequence, Status
@@ -48,8 +49,14 @@ class _Waiting:
 class Scheduler:
     """Owns the queue, the running sequences and their blocks."""
 
-    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, alignment: Alignment | None = None) -> None:
-        self.blocks, self.limits, self._alignment = blocks, limits, alignment
+    def __init__(
+        self,
+        blocks: BlockManager,
+        limits: SchedulerLimits,
+        alignment: Alignment | None = None,
+        gathering: Gathering | None = None,
+    ) -> None:
+        self.blocks, self.limits, self._alignment, self._gathering = blocks, limits, alignment, gathering
         self.capacity = Capacity(limits.max_running, blocks.total, blocks.block_size)
         self.prefixes = PrefixCache(blocks, PRIVATE_CHUNK)
         self._waiting: list[_Waiting] = []
@@ -90,6 +97,8 @@ class Scheduler:
         self._waiting.append(_Waiting(request, self._arrivals, list(sequences)))  # the caller keeps its own
         self._arrivals += count
         self._waiting.sort(key=lambda entry: (entry.request.priority, entry.arrival))
+        if self._gathering is not None:
+            self._gathering.arrived(request)
         return sequences
 
     def schedule(self) -> Plan:
@@ -103,6 +112,10 @@ class Scheduler:
         budget = self.limits.prefill_tokens
         private_budget = self.limits.private_prefill_tokens or budget
         prompts = [s for s in self._running if s.prefilling]
+        if self._gathering is not None:
+            begun = sum(s.computed > 0 for s in prompts)
+            gathering = self._gathering.hold(prompts, len(decoding) + begun)
+            prompts = [s for s in prompts if s not in gathering]
         if prompts and prompts[0].private:  # the oldest goes first, whichever kind it is
             private_chunks = list(_private_chunks(prompts, min(budget, private_budget)))
             budget -= sum(chunk.length for chunk in private_chunks)
@@ -231,6 +244,8 @@ class Scheduler:
         """The step's keys and values are computed."""
         if self._alignment is not None:
             self._alignment.step_ended()
+        if self._gathering is not None:
+            self._gathering.step_ended(plan)
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.end
             if chunk.sequence.prefix_keys and not chunk.decodes:
