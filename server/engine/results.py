@@ -111,7 +111,7 @@ class Results:
         delta = self._delta(sequence, sampled, text=text, reason=reason, stop_reason=stop_reason)
         if state.held is not None:
             delta, state.held = _joined(state.held, delta), None
-        if reason is None and length > 1 and len(delta.token_ids) < self._interval(sequence):
+        if reason is None and length > 1 and not self._due(sequence, len(delta.token_ids)):
             state.held = delta
             return None
         return delta
@@ -123,8 +123,14 @@ class Results:
                 held, state.held = state.held, None
                 yield sequence, held
 
-    def _interval(self, sequence: Sequence) -> int:
-        return sequence.request.stream_interval or self.pace.interval
+    def _due(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether so many tokens of a sequence are told."""
+        fixed = sequence.request.stream_interval
+        if fixed is not None:
+            return tokens >= fixed
+        # Sequences take turns, so that each step tells of a few: server and clients are at it while the engine prepares
+        # its next step and leaves a core to them, and not of all at once, which it then has to wait for.
+        return (sequence.output_length + sequence.arrival) % self.pace.interval == 0
 
     def _open(self, sequence: Sequence) -> _UnderWay:
         found = self._under_way.get(sequence)

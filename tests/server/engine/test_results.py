@@ -62,6 +62,24 @@ def test_news_say_the_same_in_pieces_of_any_size(
             assert sizes[-1] <= interval
 
 
+def test_under_load_sequences_take_turns_to_be_told_of(build_engine: Any) -> None:
+    engine = build_engine(SMALL, blocks=60)
+    sampling = SamplingParams(max_tokens=30, ignore_eos=True)
+    for number in range(6):
+        engine.add(EngineRequest(f"r{number}", ((1, 2),), sampling, stream_interval=None))
+    told: dict[str, list[int]] = {f"r{number}": [] for number in range(6)}
+    at_once = []
+    while not engine.idle:
+        engine.results.pace.interval = 3  # whatever this machine takes for a step
+        news = engine.step()
+        at_once.append(len(news))
+        for request_id, delta in news:
+            told[request_id].append(len(delta.token_ids))
+    assert at_once[0] == at_once[-1] == 6, "first and last tokens wait for nothing"
+    assert set(at_once[1:-1]) == {2}, "a third of them each step"
+    assert all(sum(sizes) == 30 and set(sizes[2:-1]) == {3} and max(sizes) == 3 for sizes in told.values())
+
+
 def test_nothing_is_left_of_news_held_back_when_a_request_goes_away(engine: Engine) -> None:
     engine.add(EngineRequest("gone", ((1, 2),), SamplingParams(50, ignore_eos=True), stream_interval=32))
     told = [delta for _ in range(5) for _, delta in engine.step()]
