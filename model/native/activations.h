@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -42,8 +43,10 @@ inline void activate(float* x, long count, int kind) {
 // The same by several threads where that is worth it.
 inline void activate_together(float* x, long count, int kind) {
     constexpr long share = 4096;
-#pragma omp parallel for schedule(static) if (count > SERIAL)
-    for (long i = 0; i < count; i += share) activate(x + i, count - i < share ? count - i : share, kind);
+    for_each(count > SERIAL, (count + share - 1) / share, 1, [&](long part) {
+        const long i = part * share;
+        activate(x + i, count - i < share ? count - i : share, kind);
+    });
 }
 
 }  // namespace

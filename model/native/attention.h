@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -37,12 +38,11 @@ inline void narrow(float x, bf16* to) {
 // Keys and values of rows [rows, 3 * width], behind the queries, to their slots.
 template <class W>
 void keep(const float* qkv, const int64_t* slots, W* keys, W* values, long rows, long width) {
-#pragma omp parallel for schedule(static) if (rows * width > SERIAL)
-    for (long r = 0; r < rows; ++r) {
+    for_each(rows * width > SERIAL, rows, 0, [&](long r) {
         const float* from = qkv + (3 * r + 1) * width;
         for (long i = 0; i < width; ++i) narrow(from[i], keys + slots[r] * width + i);
         for (long i = 0; i < width; ++i) narrow(from[width + i], values + slots[r] * width + i);
-    }
+    });
 }
 
 // Where the i-th of TWO numbers is in that order.
@@ -207,19 +207,17 @@ void attend(const float* queries, long apart, const W* keys, const W* values, co
             const int64_t* lengths, float* out, long rows, long heads, long size, long table_width, long block_size) {
     const long stride = heads * size, parts = std::max(1L, std::min(heads, ATTENTION_TASKS / std::max(1L, rows)));
     const long share = (heads + parts - 1) / parts;
-#pragma omp parallel
-    {
+    together(true, [&](Member& member) {
         std::vector<float> memory;
-#pragma omp for collapse(2) schedule(dynamic, 1)
-        for (long row = 0; row < rows; ++row)
-            for (long part = 0; part < parts; ++part) {
-                const long first = std::min(heads, part * share), count = std::min(heads, first + share) - first;
-                const long at = first * size;
-                const Heads<W> some{keys + at, values + at, tables + row * table_width,
-                                    count, size, lengths[row], stride, block_size};
-                if (count > 0) attend_heads(some, queries + row * apart + at, memory, out + row * stride + at);
-            }
-    }
+        member.each(rows * parts, 1, [&](long task) {
+            const long row = task / parts, part = task % parts;
+            const long first = std::min(heads, part * share), count = std::min(heads, first + share) - first;
+            const long at = first * size;
+            const Heads<W> some{keys + at, values + at, tables + row * table_width,
+                                count, size, lengths[row], stride, block_size};
+            if (count > 0) attend_heads(some, queries + row * apart + at, memory, out + row * stride + at);
+        });
+    });
 }
 
 }  // namespace

@@ -212,30 +212,30 @@ class Pass {
     template <class C>
     void gather(const DecoderLayer& layer) {
         const long D = d.D, E = d.E, G = d.G;
-#pragma omp parallel for schedule(static) if (s.groups * G * (D + E) > SERIAL)
-        for (long at = 0; at < s.groups * G; ++at) {
+        for_each(s.groups * G * (D + E) > SERIAL, s.groups * G, 0, [&](long at) {
             const long row = s.members[at], place = d.places > 1 ? s.places[at / G] : 0;
             float *member = m.members + at * D, *scores = m.scores + at * E;
             if (row >= 0) {
                 std::copy(m.normed + row * D, m.normed + (row + 1) * D, member);
                 std::copy(m.own + row * E, m.own + (row + 1) * E, scores);
-                continue;
+                return;
             }
             const C* crowd = static_cast<const C*>(layer.crowd) + (place * G + at % G) * D;
             const float* theirs = layer.crowd_scores + place * E * G + at % G;
             for (long i = 0; i < D; ++i) member[i] = value(crowd + i);
             for (long e = 0; e < E; ++e) scores[e] = theirs[e * G];
-        }
+        });
     }
 
     // Private rows, and the shared groups through the same experts while their weights are at hand.
     void beside_private_rows(const DecoderLayer& layer) {
         const long D = d.D, E = d.E, G = d.G, apart = s.groups * D;
-#pragma omp parallel for collapse(2) schedule(static) if (s.groups > 0)
-        for (long group = 0; group < s.groups; ++group)
-            for (long e = 0; e < E; e += TOGETHER)
-                all_weighted_sums(m.scores + group * G * E + e, 1, E, m.members + group * G * D, G, D, 0, D,
-                                  m.mixes + e * apart + group * D, apart, std::min(TOGETHER, E - e));
+        const long some = (E + TOGETHER - 1) / TOGETHER, columns = 8 * LANES, parts = (D + columns - 1) / columns;
+        for_each(s.groups > 0, s.groups * some, 0, [&](long task) {
+            const long group = task / some, e = task % some * TOGETHER;
+            all_weighted_sums(m.scores + group * G * E + e, 1, E, m.members + group * G * D, G, D, 0, D,
+                              m.mixes + e * apart + group * D, apart, std::min(TOGETHER, E - e));
+        });
         PrivateLayer own{};
         own.n = s.rows - s.shared, own.D = D, own.E = E, own.S = d.hidden;
         own.places = d.places, own.members = layer.crowd == nullptr ? 0 : G, own.rivals = d.rivals;
@@ -250,11 +250,11 @@ class Pass {
         own.mixes = m.mixes, own.outputs = m.answers;
         own.answers = m.private_answers, own.mixed = m.mixed;
         private_layer(own);
-#pragma omp parallel for collapse(2) schedule(static) if (s.groups > 0)
-        for (long group = 0; group < s.groups; ++group)
-            for (long j = 0; j < D; j += 8 * LANES)
-                all_weighted_sums(m.scores + group * G * E, E, 1, m.answers + group * D, E, apart, j,
-                                  std::min(D, j + 8 * LANES), m.out + group * G * D, D, G);
+        for_each(s.groups > 0, s.groups * parts, 0, [&](long task) {
+            const long group = task / parts, j = task % parts * columns;
+            all_weighted_sums(m.scores + group * G * E, E, 1, m.answers + group * D, E, apart, j,
+                              std::min(D, j + columns), m.out + group * G * D, D, G);
+        });
         for (long at = 0; at < s.groups * G; ++at)
             if (s.members[at] >= 0) add(m.out + at * D, m.x + s.members[at] * D, D);
         add(m.next + s.shared * D, m.x + s.shared * D, (s.rows - s.shared) * D);

@@ -125,16 +125,14 @@ struct Layout {
 
 template <class W>
 void bank(const Experts<W>& experts, const float* mixes, float* out, Layout apart, long E, long n) {
-#pragma omp parallel
-    {
+    together(true, [&](Member& member) {
         Scratch scratch(experts.tiles);
-#pragma omp for schedule(dynamic, 4)
-        for (long e = 0; e < E; ++e) {
+        member.each(E, 1, [&](long e) {
             const auto from = row_pointers(mixes + e * apart.experts, n, apart.rows);
             const auto to = row_pointers(out + e * apart.experts, n, apart.rows);
             experts.run(e, from.data(), to.data(), n, scratch);
-        }
-    }
+        });
+    });
 }
 
 struct Pair {
@@ -146,15 +144,14 @@ struct Pair {
 // sum. Zeros for a row without answers.
 inline void add_up(const std::vector<Pair>& pairs, const float* answers, float* out, long n, long D) {
     std::fill(out, out + n * D, 0.0f);
-#pragma omp parallel for schedule(static)
-    for (long d = 0; d < D; d += 64) {
-        const long end = std::min(D, d + 64);
+    for_each(true, (D + 63) / 64, 1, [&](long part) {
+        const long d = part * 64, end = std::min(D, d + 64);
         for (size_t p = 0; p < pairs.size(); ++p) {
             float* to = out + pairs[p].row * D;
             const float* answer = answers + p * D;
             for (long i = d; i < end; ++i) to[i] = fused(pairs[p].emit, answer[i], to[i]);
         }
-    }
+    });
 }
 
 }  // namespace

@@ -19,20 +19,19 @@ extern "C" {
 
 void motserve_draw(const float* logits, int64_t rows, int64_t V, const float* temperature, const int64_t* top_k,
                    const float* top_p, const float* min_p, const double* uniform, int64_t* tokens) {
-#pragma omp parallel if (rows > 1)
-    {
+    together(rows > 1, [&](Member& member) {
         RowWeights weights;
-#pragma omp for schedule(dynamic, 1)
-        for (long r = 0; r < rows; ++r)
+        member.each(rows, 1, [&](long r) {
             tokens[r] = draw(logits + r * V, V, temperature[r], top_k[r], top_p[r], min_p[r], uniform[r], weights);
-    }
+        });
+    });
 }
 
 void motserve_score(const float* logits, int64_t rows, int64_t V, const int64_t* tokens, int64_t k, float* chosen,
                     int64_t* ids, float* values) {
-#pragma omp parallel for schedule(dynamic, 1) if (rows > 1)
-    for (long r = 0; r < rows; ++r)
+    for_each(rows > 1, rows, 1, [&](long r) {
         score(logits + r * V, V, tokens[r], k, chosen + r, ids + r * k, values + r * k);
+    });
 }
 
 void motserve_normalize(const float* x, const void* weight, const void* bias, double epsilon, float* out, int64_t rows,

@@ -9,6 +9,7 @@
 #include "pair_columns.h"
 #include "pair_dots.h"
 #include "products.h"
+#include "team.h"
 #include "tiles.h"
 
 namespace {
@@ -88,21 +89,19 @@ inline void linear_in_tiles(const float* x, const bf16* weight, const Added<bf16
     TileRows packed;
     packed.reserve(rows, K);
     const long stripe = stripe_of(N, 2 * TILE), stripes = (N + stripe - 1) / stripe;
-#pragma omp parallel if (rows * K * N > SERIAL)
-    {
+    together(rows * K * N > SERIAL, [&](Member& member) {
         const TilesInUse tiles;
         TileMemory memory;
         uint32_t* copy = by_output ? memory.words(4 * packed.steps * TILE_WORDS) : nullptr;
-#pragma omp for schedule(static)
-        for (long t = 0; t < packed.tiles; ++t) packed.pack_tiles(from.data(), K, t, by_output);
-#pragma omp for schedule(static)
-        for (long s = 0; s < stripes; ++s) {
+        member.each(packed.tiles, 1, [&](long t) { packed.pack_tiles(from.data(), K, t, by_output); });
+        member.wait();
+        member.each(stripes, 1, [&](long s) {
             const long begin = s * stripe, end = std::min(N, begin + stripe);
             if (by_output) tile_dots(packed, weight, K, N, begin, end, copy, to.data());
             else tiled_products(packed, weight, begin, end, ToRows{to.data()});
             added.to(to, N, begin, end);
-        }
-    }
+        });
+    });
 }
 #endif
 
@@ -126,14 +125,13 @@ void linear(const float* x, const W* weight, const Added<W>& added, float* out, 
         if (!exact) packed.pack<W>(from.data(), rows, K);
     const bool paired = Paired<W>::here && !exact;
     const long stripe = paired ? stripe_of(N, 64) : STRIPE, stripes = (N + stripe - 1) / stripe;
-#pragma omp parallel for schedule(static) if (rows * K * N > SERIAL)
-    for (long s = 0; s < stripes; ++s) {
+    for_each(rows * K * N > SERIAL, stripes, 1, [&](long s) {
         const long begin = s * stripe, end = std::min(N, begin + stripe);
         if (paired) paired_stripe(packed, rows, weight, K, N, begin, end, by_output, to.data());
         else if (by_output) dot_products(from.data(), rows, weight, K, begin, end, to.data());
         else row_products(from.data(), rows, weight, K, N, begin, end, weight + end - begin, to.data());
         added.to(to, N, begin, end);
-    }
+    });
 }
 
 }  // namespace

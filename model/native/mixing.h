@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -55,8 +56,7 @@ inline float mix_weights(float* scores, long G, long E, float T) {
 }
 
 inline void mix_weights(float* scores, long n, long G, long E, float T, float* entropy) {
-#pragma omp parallel for schedule(static) if (n > 1)
-    for (long group = 0; group < n; ++group) entropy[group] += mix_weights(scores + group * G * E, G, E, T);
+    for_each(n > 1, n, 0, [&](long group) { entropy[group] += mix_weights(scores + group * G * E, G, E, T); });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -21,8 +22,7 @@ inline float row_sum(const float* x, long count, F function) {
 
 template <class W>
 void normalize(const float* x, const W* weight, const W* bias, double epsilon, float* out, long rows, long D) {
-#pragma omp parallel for schedule(static) if (rows * D > SERIAL)
-    for (long r = 0; r < rows; ++r) {
+    for_each(rows * D > SERIAL, rows, 0, [&](long r) {
         const float* from = x + r * D;
         float* to = out + r * D;
         const vec mean = broadcast(row_sum(from, D, [](vec v) { return v; }) / D);
@@ -32,7 +32,7 @@ void normalize(const float* x, const W* weight, const W* bias, double epsilon, f
         for (; i + LANES <= D; i += LANES)
             store(to + i, fused((load(from + i) - mean) * by, load(weight + i), load(bias + i)));
         for (; i < D; ++i) to[i] = fused((from[i] - mean[0]) * by[0], value(weight + i), value(bias + i));
-    }
+    });
 }
 
 }  // namespace

@@ -177,19 +177,17 @@ void mix_in_tiles(const PrivateLayer& l, const std::vector<Pair>& pairs, const f
         weights[pairs[p].row].push_back(merge + (pairs[p].row * l.E + pairs[p].expert) * size);
         out[pairs[p].row].push_back(l.mixed + p * l.D);
     }
-#pragma omp parallel
-    {
+    together(true, [&](Member& member) {
         const TilesInUse tiles;
         TileMixes mixes;
-#pragma omp for schedule(dynamic, 1)
-        for (long row = 0; row < l.n; ++row) {
+        member.each(l.n, 1, [&](long row) {
             const long place = l.places > 1 ? l.positions[row] : 0;
             if (l.temperatures[row] == 0)
                 for (float* to : out[row]) std::copy(l.x + row * l.D, l.x + (row + 1) * l.D, to);
             else if (!out[row].empty())
                 mixes.mix(l, row, static_cast<const C*>(l.crowd) + place * size * l.D, weights[row], out[row]);
-        }
-    }
+        });
+    });
 }
 #endif
 
@@ -202,12 +200,11 @@ void private_layer(const PrivateLayer& l) {
     const C* crowd = static_cast<const C*>(l.crowd);
     const float* scores = l.crowd_scores;
     auto place = [&](long row) { return l.places > 1 ? l.positions[row] : 0; };
-#pragma omp parallel for schedule(static)
-    for (long row = 0; row < l.n; ++row) {
-        if (!l.live[row]) continue;
+    for_each(true, l.n, 0, [&](long row) {
+        if (!l.live[row]) return;
         l.entropy[row] += mixing_weights(l, row, scores + place(row) * l.E * l.members, &merge[row * l.E * size],
                                          &emit[row * l.E]);
-    }
+    });
     std::vector<Pair> pairs;
     std::vector<long> first(l.E + 1);
     for (long e = 0; e < l.E; ++e) {
@@ -224,12 +221,10 @@ void private_layer(const PrivateLayer& l) {
 #ifdef MOTSERVE_TILES
     if (mixed) mix_in_tiles<C>(l, pairs, merge.data());
 #endif
-#pragma omp parallel
-    {
+    together(true, [&](Member& member) {
         Scratch scratch(experts.tiles);
         std::vector<float> mixes;
-#pragma omp for schedule(dynamic, 1)
-        for (long e = 0; e < l.E; ++e) {
+        member.each(l.E, 1, [&](long e) {
             const auto group_mixes = row_pointers(l.mixes + e * l.experts_apart, l.groups, l.groups_apart);
             const auto group_outputs = row_pointers(l.outputs + e * l.experts_apart, l.groups, l.groups_apart);
             experts.run(e, group_mixes.data(), group_outputs.data(), l.groups, scratch);
@@ -244,8 +239,8 @@ void private_layer(const PrivateLayer& l) {
             const auto from = row_pointers(own, count, l.D);
             const auto to = row_pointers(l.answers + first[e] * l.D, count, l.D);
             experts.run(e, from.data(), to.data(), count, scratch);
-        }
-    }
+        });
+    });
     add_up(pairs, l.answers, l.out, l.n, l.D);
 }
 

@@ -102,23 +102,25 @@ template <class W>
 void shared_layer_in_tiles(const Experts<W>& experts, const SharedLayer& l) {
     const long D = experts.D;
     const GroupTiles groups(l.n, l.G, D, l.E, reinterpret_cast<uint32_t*>(l.answers));
-#pragma omp parallel
-    {
+    const long columns = 4 * TILE, parts = tiles_of(D, columns);
+    together(true, [&](Member& member) {
         Scratch scratch(true);
         BlockMixes<W> mixes(l.n, D);
-#pragma omp for schedule(static)
-        for (long g = 0; g < l.n; ++g) groups.pack(g, l.members + g * l.G * D, l.weights + g * l.G * l.E);
-#pragma omp for schedule(dynamic, 1)
-        for (long first = 0; first < l.E; first += TILE) {
+        member.each(l.n, 0, [&](long g) { groups.pack(g, l.members + g * l.G * D, l.weights + g * l.G * l.E); });
+        member.wait();
+        member.each(tiles_of(l.E, TILE), 1, [&](long block) {
+            const long first = block * TILE;
             for (long g = 0; g < l.n; ++g)
                 groups.mix(g, first, [&](long e, long column, __m512 numbers) { mixes.put(e, g, column, numbers); });
             for (long e = 0; e < std::min(TILE, l.E - first); ++e)
                 mixes.run(experts, first + e, e, GroupTiles::Answers{groups, first + e}, scratch);
-        }
-#pragma omp for collapse(2) schedule(static)
-        for (long g = 0; g < l.n; ++g)
-            for (long j = 0; j < D; j += 4 * TILE) groups.share_out(g, j, std::min(D, j + 4 * TILE), l.rows + g * l.G);
-    }
+        });
+        member.wait();
+        member.each(l.n * parts, 0, [&](long task) {
+            const long g = task / parts, j = task % parts * columns;
+            groups.share_out(g, j, std::min(D, j + columns), l.rows + g * l.G);
+        });
+    });
 }
 #endif
 
@@ -128,14 +130,12 @@ void shared_layer(const Experts<W>& experts, const SharedLayer& l) {
     if constexpr (!std::is_same_v<W, float>)
         if (experts.tiles && GroupTiles::worth_it(l.G)) return shared_layer_in_tiles(experts, l);
 #endif
-    const long D = experts.D, columns = 8 * LANES;
-#pragma omp parallel
-    {
+    const long D = experts.D, columns = 8 * LANES, parts = (D + columns - 1) / columns;
+    together(true, [&](Member& member) {
         Scratch scratch(experts.tiles);
         std::vector<float> mixes(l.n * TOGETHER * D);  // [n, experts, D]
-#pragma omp for schedule(dynamic, 1)
-        for (long first = 0; first < l.E; first += TOGETHER) {
-            const long count = std::min(TOGETHER, l.E - first);
+        member.each((l.E + TOGETHER - 1) / TOGETHER, 1, [&](long block) {
+            const long first = block * TOGETHER, count = std::min(TOGETHER, l.E - first);
             for (long g = 0; g < l.n; ++g)
                 all_weighted_sums(l.weights + g * l.G * l.E + first, 1, l.E, l.members + g * l.G * D, l.G, D, 0, D,
                                   &mixes[g * TOGETHER * D], D, count);
@@ -144,17 +144,16 @@ void shared_layer(const Experts<W>& experts, const SharedLayer& l) {
                 const auto to = row_pointers(l.answers + (first + e) * D, l.n, l.E * D);
                 experts.run(first + e, from.data(), to.data(), l.n, scratch);
             }
-        }
-#pragma omp for collapse(2) schedule(static)
-        for (long g = 0; g < l.n; ++g)
-            for (long begin = 0; begin < D; begin += columns) {
-                const long end = std::min(D, begin + columns);
-                all_weighted_sums(l.weights + g * l.G * l.E, l.E, 1, l.answers + g * l.E * D, l.E, D, begin, end,
-                                  l.out + g * l.G * D, D, l.G);
-                for (long at = g * l.G; at < (g + 1) * l.G; ++at)
-                    for (long j = begin; j < end && l.rows[at] != nullptr; ++j) l.rows[at][j] += l.out[at * D + j];
-            }
-    }
+        });
+        member.wait();
+        member.each(l.n * parts, 0, [&](long task) {
+            const long g = task / parts, begin = task % parts * columns, end = std::min(D, begin + columns);
+            all_weighted_sums(l.weights + g * l.G * l.E, l.E, 1, l.answers + g * l.E * D, l.E, D, begin, end,
+                              l.out + g * l.G * D, D, l.G);
+            for (long at = g * l.G; at < (g + 1) * l.G; ++at)
+                for (long j = begin; j < end && l.rows[at] != nullptr; ++j) l.rows[at][j] += l.out[at * D + j];
+        });
+    });
 }
 
 }  // namespace

@@ -37,9 +37,9 @@ inline void gates_of(const Choice& by, const float* scores, float* gates) {
 }
 
 inline void gates_of(const Choice& by, const float* scores, float* gates, long n) {
-#pragma omp parallel for schedule(static) if (n * by.routed > SERIAL / 8)
-    for (long row = 0; row < n; ++row)
+    for_each(n * by.routed > SERIAL / 8, n, 0, [&](long row) {
         gates_of(by, scores + row * by.routed, gates + row * (by.routed + by.shared));
+    });
 }
 
 // Each row through the experts whose gate is above zero.
@@ -55,19 +55,17 @@ void routed(const Experts<W>& experts, const float* x, const float* gates, float
     }
     first[E] = pairs.size();
     std::vector<float> answers(pairs.size() * D);
-#pragma omp parallel
-    {
+    together(true, [&](Member& member) {
         Scratch scratch(experts.tiles);
-#pragma omp for schedule(dynamic, 1)
-        for (long e = 0; e < E; ++e) {
+        member.each(E, 1, [&](long e) {
             const long count = first[e + 1] - first[e];
-            if (count == 0) continue;
+            if (count == 0) return;
             std::vector<const float*> from(count);
             for (long i = 0; i < count; ++i) from[i] = x + pairs[first[e] + i].row * D;
             const auto to = row_pointers(&answers[first[e] * D], count, D);
             experts.run(e, from.data(), to.data(), count, scratch);
-        }
-    }
+        });
+    });
     add_up(pairs, answers.data(), out, n, D);
 }
 
