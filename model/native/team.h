@@ -1,7 +1,9 @@
 // Threads that share loops out. OpenMP's would do, but for how they wait: looking on and on, or asleep. Where anything
 // else wants a core for a moment, an event loop say, two of a team share the other one, and who waits there keeps it from
 // who is waited for; and to be woken takes longer than most loops. These look on, but offer their core to others all the
-// time, and sleep after a while without work. What one has not begun of its share when the others are done, they do.
+// time, and sleep after a while. Beside others that never have enough an offered core is gone for milliseconds: once
+// that shows they sleep at once instead, as who is woken goes first. What one has not begun of its share when the others
+// are done, they do.
 
 #pragma once
 
@@ -21,19 +23,84 @@
 namespace {
 
 constexpr int LOOPS = 4;  // that one piece of work may have
-constexpr auto PATIENCE = std::chrono::milliseconds(2);  // without work until a thread sleeps
+typedef std::chrono::steady_clock Clock;
 
-inline void look_again(int looks) {
-    if (looks % 16 == 0) sched_yield();
+// How long threads look on until they sleep: not long while it has been found lately that others keep the cores that they
+// are offered.
+class Patience {
+   public:
+    Clock::duration now(Clock::time_point time) const {
+        return time.time_since_epoch().count() < crowded_until_.load(std::memory_order_relaxed) ? SHORT : LONG;
+    }
+
+    // Offers the core.
+    void offer(Clock::time_point time) {
+        sched_yield();
+        const Clock::time_point back = Clock::now();
+        if (back - time < KEPT) return;
+        // Three times in a row, or nearly: an event loop may have much to do once.
+        const auto ticks = back.time_since_epoch().count();
+        if (ticks - kept_[kept_next_.load(std::memory_order_relaxed) % 3].exchange(ticks) < Ticks(ROW))
+            crowded_until_.store(ticks + Ticks(CROWDED), std::memory_order_relaxed);
+        kept_next_.fetch_add(1, std::memory_order_relaxed);
+    }
+
+   private:
+    static constexpr std::chrono::microseconds LONG{2000}, SHORT{20}, KEPT{1000}, ROW{30000}, CROWDED{500000};
+    static constexpr long Ticks(Clock::duration span) { return span.count(); }
+
+    std::atomic<long> crowded_until_{0}, kept_[3] = {}, kept_next_{0};
+};
+
+// A number that threads wait to see changed.
+class alignas(64) Bell {
+   public:
+    std::atomic<long> value{0};
+
+    void wake() {
+        if (asleep_.load() == 0) return;  // nor will anybody sleep without looking once more
+        const std::lock_guard<std::mutex> lock(mutex_);
+        woken_.notify_all();
+    }
+
+    template <class Done>
+    void wait(Patience& patience, const Done& done) {
+        const auto over = [&] { return done(value.load()); };
+        Clock::time_point begin;
+        for (int looks = 1; !over(); ++looks) {
+            if (looks % LOOKS != 0) {
+                pause();
+                continue;
+            }
+            const Clock::time_point now = Clock::now();
+            if (looks == LOOKS) begin = now;
+            const Clock::duration longest = patience.now(now);
+            if (now - begin > longest) return sleep(over);
+            if (longest > std::chrono::milliseconds(1)) patience.offer(now);
+        }
+    }
+
+   private:
+    static constexpr int LOOKS = 16;
+
+    std::atomic<long> asleep_{0};
+    std::mutex mutex_;
+    std::condition_variable woken_;
+
+    static void pause() {
 #if defined(__x86_64__) || defined(__i386__)
-    else __builtin_ia32_pause();
+        __builtin_ia32_pause();
 #endif
-}
+    }
 
-template <class Done>
-inline void look_until(const Done& done) {
-    for (int looks = 1; !done(); ++looks) look_again(looks);
-}
+    template <class Over>
+    void sleep(const Over& over) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        asleep_.fetch_add(1);
+        woken_.wait(lock, over);
+        asleep_.fetch_sub(1);
+    }
+};
 
 struct alignas(64) Count {
     std::atomic<long> value{0};
@@ -44,18 +111,18 @@ class Common {
    public:
     const int members;
 
-    explicit Common(int members) : members(members), taken_(new Count[LOOPS * members]) {}
+    Common(int members, Patience& patience)
+        : members(members), patience_(patience), taken_(new Count[LOOPS * members]) {}
     Count* taken(int loop) { return taken_.get() + loop * members; }
 
     // Until all have come.
     void meet() {
         const long round = round_.value.load();
-        if (arrived_.value.fetch_add(1) + 1 == members) {
-            arrived_.value.store(0);
-            round_.value.store(round + 1);
-        } else {
-            look_until([&] { return round_.value.load(std::memory_order_acquire) != round; });
-        }
+        if (arrived_.value.fetch_add(1) + 1 < members)
+            return round_.wait(patience_, [round](long value) { return value != round; });
+        arrived_.value.store(0);
+        round_.value.store(round + 1);
+        round_.wake();
     }
 
     // Before other work.
@@ -64,8 +131,10 @@ class Common {
     }
 
    private:
+    Patience& patience_;
     std::unique_ptr<Count[]> taken_;
-    Count arrived_, round_;
+    Count arrived_;
+    Bell round_;
 };
 
 // One thread of those at a piece of work.
@@ -122,49 +191,24 @@ class Team {
         work_ = &work;
         call_ = [](const void* work, Member& member) { (*static_cast<const Work*>(work))(member); };
         left_.value.store(threads - 1);
-        for (int i = 0; i < threads - 1; ++i) workers_[i]->call();
+        for (int i = 0; i < threads - 1; ++i) {
+            workers_[i]->value.fetch_add(1);
+            workers_[i]->wake();
+        }
         Member member(0, *common_);
         work(member);
-        look_until([&] { return left_.value.load(std::memory_order_acquire) == 0; });
+        left_.wait(patience_, [](long left) { return left == 0; });
         busy_.store(false);
     }
 
    private:
-    // A thread's bell.
-    struct alignas(64) Worker {
-        std::atomic<long> calls{0}, asleep{0};
-        std::mutex mutex;
-        std::condition_variable woken;
-
-        void call() {
-            calls.fetch_add(1);
-            if (asleep.load() == 0) return;  // nor will it sleep without looking once more
-            const std::lock_guard<std::mutex> lock(mutex);
-            woken.notify_one();
-        }
-
-        void wait_beyond(long seen) {
-            const auto end = std::chrono::steady_clock::now() + PATIENCE;
-            for (int looks = 1; calls.load(std::memory_order_acquire) == seen; ++looks) {
-                look_again(looks);
-                if (looks % 64 == 0 && std::chrono::steady_clock::now() > end) return sleep_beyond(seen);
-            }
-        }
-
-        void sleep_beyond(long seen) {
-            std::unique_lock<std::mutex> lock(mutex);
-            asleep.store(1);
-            woken.wait(lock, [&] { return calls.load() != seen; });
-            asleep.store(0);
-        }
-    };
-
     std::atomic<bool> busy_{false};
-    std::vector<std::unique_ptr<Worker>> workers_;
+    Patience patience_;
+    std::vector<std::unique_ptr<Bell>> workers_;  // with the number of calls to each
     std::unique_ptr<Common> common_;
     const void* work_ = nullptr;
     void (*call_)(const void*, Member&) = nullptr;
-    Count left_;
+    Bell left_;
 
     static Team*& current() {
         static Team* team = [] {
@@ -175,20 +219,20 @@ class Team {
     }
 
     void gather(int threads) {
-        if (common_ == nullptr || common_->members != threads) common_ = std::make_unique<Common>(threads);
+        if (common_ == nullptr || common_->members != threads) common_ = std::make_unique<Common>(threads, patience_);
         else common_->reset();
         while (long(workers_.size()) < threads - 1) {
-            workers_.push_back(std::make_unique<Worker>());
+            workers_.push_back(std::make_unique<Bell>());
             std::thread(&Team::serve, this, long(workers_.size()), workers_.back().get()).detach();
         }
     }
 
-    void serve(long number, Worker* worker) {
+    void serve(long number, Bell* calls) {
         for (long seen = 0;; ++seen) {
-            worker->wait_beyond(seen);
+            calls->wait(patience_, [seen](long value) { return value != seen; });
             Member member(number, *common_);
             call_(work_, member);
-            left_.value.fetch_sub(1, std::memory_order_release);
+            if (left_.value.fetch_sub(1) == 1) left_.wake();
         }
     }
 };

@@ -245,7 +245,7 @@ def test_who_begins_in_this_step_is_waited_for_too() -> None:
 @pytest.mark.parametrize(("wait", "together"), [(0.0, False), (60_000.0, True)])
 def test_the_setting_reaches_a_real_engine(wait: float, together: bool) -> None:
     model, fill = random_model(SMALL, dtype=torch.float32, device=torch.device("cpu"))
-    chosen = read_settings({"max_align_wait": wait, "max_groups": 8, "kernels": "plain"}, None)
+    chosen = read_settings({"max_align_wait": wait, "max_prompt_wait": 0, "max_groups": 8, "kernels": "plain"}, None)
     engine = build_engine(chosen, model, fill, None)
     sampling = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     engine.add(EngineRequest("early", ((1, 2, 3),), sampling))
