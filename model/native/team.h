@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cassert>
 #include <chrono>
 #include <condition_variable>
 #include <memory>
@@ -25,12 +26,11 @@ namespace {
 constexpr int LOOPS = 4;  // that one piece of work may have
 typedef std::chrono::steady_clock Clock;
 
-// How long threads look on until they sleep: not long while it has been found lately that others keep the cores that they
-// are offered.
-class Patience {
+// Whether others keep the cores that they are offered, as found lately.
+class Pressure {
    public:
-    Clock::duration now(Clock::time_point time) const {
-        return time.time_since_epoch().count() < crowded_until_.load(std::memory_order_relaxed) ? SHORT : LONG;
+    bool here(Clock::time_point time) const {
+        return ticks(time.time_since_epoch()) < until_.load(std::memory_order_relaxed);
     }
 
     // Offers the core.
@@ -39,17 +39,18 @@ class Patience {
         const Clock::time_point back = Clock::now();
         if (back - time < KEPT) return;
         // Three times in a row, or nearly: an event loop may have much to do once.
-        const auto ticks = back.time_since_epoch().count();
-        if (ticks - kept_[kept_next_.load(std::memory_order_relaxed) % 3].exchange(ticks) < Ticks(ROW))
-            crowded_until_.store(ticks + Ticks(CROWDED), std::memory_order_relaxed);
-        kept_next_.fetch_add(1, std::memory_order_relaxed);
+        const long now = ticks(back.time_since_epoch());
+        std::atomic<long>& third_last = times_[count_.fetch_add(1, std::memory_order_relaxed) % 3];
+        if (now - third_last.exchange(now, std::memory_order_relaxed) < ticks(ROW))
+            until_.store(now + ticks(REMEMBERED), std::memory_order_relaxed);
     }
 
    private:
-    static constexpr std::chrono::microseconds LONG{2000}, SHORT{20}, KEPT{1000}, ROW{30000}, CROWDED{500000};
-    static constexpr long Ticks(Clock::duration span) { return span.count(); }
+    static constexpr std::chrono::milliseconds KEPT{1}, ROW{30}, REMEMBERED{500};
+    static long ticks(Clock::duration span) { return span.count(); }
 
-    std::atomic<long> crowded_until_{0}, kept_[3] = {}, kept_next_{0};
+    std::atomic<long> until_{0}, times_[3] = {};
+    std::atomic<unsigned long> count_{0};
 };
 
 // A number that threads wait to see changed.
@@ -64,7 +65,7 @@ class alignas(64) Bell {
     }
 
     template <class Done>
-    void wait(Patience& patience, const Done& done) {
+    void wait(Pressure& pressure, const Done& done) {
         const auto over = [&] { return done(value.load()); };
         Clock::time_point begin;
         for (int looks = 1; !over(); ++looks) {
@@ -74,14 +75,15 @@ class alignas(64) Bell {
             }
             const Clock::time_point now = Clock::now();
             if (looks == LOOKS) begin = now;
-            const Clock::duration longest = patience.now(now);
-            if (now - begin > longest) return sleep(over);
-            if (longest > std::chrono::milliseconds(1)) patience.offer(now);
+            const bool pressed = pressure.here(now);
+            if (now - begin > (pressed ? SHORT : LONG)) return sleep(over);
+            if (!pressed) pressure.offer(now);
         }
     }
 
    private:
-    static constexpr int LOOKS = 16;
+    static constexpr int LOOKS = 16;  // until the clock is looked at
+    static constexpr std::chrono::microseconds LONG{2000}, SHORT{20};  // to look on
 
     std::atomic<long> asleep_{0};
     std::mutex mutex_;
@@ -111,15 +113,15 @@ class Common {
    public:
     const int members;
 
-    Common(int members, Patience& patience)
-        : members(members), patience_(patience), taken_(new Count[LOOPS * members]) {}
+    Common(int members, Pressure& pressure)
+        : members(members), pressure_(pressure), taken_(new Count[LOOPS * members]) {}
     Count* taken(int loop) { return taken_.get() + loop * members; }
 
     // Until all have come.
     void meet() {
         const long round = round_.value.load();
         if (arrived_.value.fetch_add(1) + 1 < members)
-            return round_.wait(patience_, [round](long value) { return value != round; });
+            return round_.wait(pressure_, [round](long value) { return value != round; });
         arrived_.value.store(0);
         round_.value.store(round + 1);
         round_.wake();
@@ -131,7 +133,7 @@ class Common {
     }
 
    private:
-    Patience& patience_;
+    Pressure& pressure_;
     std::unique_ptr<Count[]> taken_;
     Count arrived_;
     Bell round_;
@@ -151,6 +153,7 @@ class Member {
             for (long i = 0; i < total; ++i) use(i);
             return;
         }
+        assert(loop_ < LOOPS);
         const int members = common_->members;
         Count* taken = common_->taken(loop_++);
         const long some = at_once > 0 ? at_once : std::max(1L, total / members / 4);
@@ -197,13 +200,13 @@ class Team {
         }
         Member member(0, *common_);
         work(member);
-        left_.wait(patience_, [](long left) { return left == 0; });
+        left_.wait(pressure_, [](long left) { return left == 0; });
         busy_.store(false);
     }
 
    private:
     std::atomic<bool> busy_{false};
-    Patience patience_;
+    Pressure pressure_;
     std::vector<std::unique_ptr<Bell>> workers_;  // with the number of calls to each
     std::unique_ptr<Common> common_;
     const void* work_ = nullptr;
@@ -219,7 +222,7 @@ class Team {
     }
 
     void gather(int threads) {
-        if (common_ == nullptr || common_->members != threads) common_ = std::make_unique<Common>(threads, patience_);
+        if (common_ == nullptr || common_->members != threads) common_ = std::make_unique<Common>(threads, pressure_);
         else common_->reset();
         while (long(workers_.size()) < threads - 1) {
             workers_.push_back(std::make_unique<Bell>());
@@ -229,7 +232,7 @@ class Team {
 
     void serve(long number, Bell* calls) {
         for (long seen = 0;; ++seen) {
-            calls->wait(patience_, [seen](long value) { return value != seen; });
+            calls->wait(pressure_, [seen](long value) { return value != seen; });
             Member member(number, *common_);
             call_(work_, member);
             if (left_.value.fetch_sub(1) == 1) left_.wake();

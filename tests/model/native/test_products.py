@@ -87,9 +87,13 @@ def test_bank(variant: Kernels, experts: int, rows: int, width: int, size: int, 
     for activation in (F.gelu, F.relu, F.silu):
         bank.activation = activation
         found = variant.bank(mixes, bank)
-        hidden = activation(torch.bmm(mixes, lin1))
+        scores = torch.bmm(mixes, lin1)
+        hidden = activation(scores)
+        # Far below zero activations are exact to some digits of what they are of, not of themselves.
+        rounding = 1e-6 * float(torch.bmm(scores.abs(), lin2.abs()).max())
         plain, terms = torch.bmm(hidden, lin2), torch.bmm(hidden.abs(), lin2.abs())
-        torch.testing.assert_close(found, plain, atol=loose * float(terms.max()), rtol=0)
+        atol = loose * float(terms.max()) + rounding
+        torch.testing.assert_close(found, plain, atol=atol, rtol=0)
         if dtype is not torch.bfloat16:
             torch.testing.assert_close(bank.experts(mixes), plain, atol=2e-3, rtol=1e-3)
 
