@@ -42,7 +42,7 @@ def serve(
     max_waiting: Annotated[int | None, typer.Option(help="Sequences queued before 429. [1024]")] = None,
     prefill_tokens: Annotated[int | None, typer.Option(help="Prompt tokens a step. [192 to 512, measured]")] = None,
     stream_interval: Annotated[
-        str | None, typer.Option(help="Tokens an event of a stream; auto: by the load, and never 50 ms late. [auto]")
+        str | None, typer.Option(help="Tokens an event of a stream; auto: by the load, at most 100 ms late. [auto]")
     ] = None,
     max_body_bytes: Annotated[str | None, typer.Option(help="Larger request bodies get 413. [1MiB]")] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds until a request is cut off. [600]")] = None,

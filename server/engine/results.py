@@ -20,7 +20,7 @@ from server.engine.scheduler import Scheduler
 # Pieces of news that a server and its clients can take beside an engine on the same two cores.
 _MOST_NEWS = 2000.0  # a second
 _TOO_MANY = 1.5  # times that, above which any are held back: a load about the limit shall not go to and fro
-_LONGEST_WAIT = 0.05  # seconds; fifty milliseconds are still read as flowing
+_LONGEST_WAIT = 0.1  # seconds: less is not seen as a wait (Miller 1968, Nielsen 1993)
 _SMOOTHING = 0.1  # weight of the newest step's time
 
 
