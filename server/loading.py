@@ -217,8 +217,10 @@ def build_engine(
     cohort = config.group_size if config.is_grouped else 1  # those who do not mix need not wait for each other
     public, private = _prefill_tokens(settings, balance * cohort)
     limits = SchedulerLimits(settings.max_concurrent, public, swap_blocks, cohort, private)
-    waits = {"align_wait": settings.max_align_wait / 1000, "prompt_wait": settings.max_prompt_wait / 1000}
-    return Engine(runner, policy, limits, tokenizer, blocks=blocks, **waits)
+    return Engine(
+        runner, policy, limits, tokenizer, blocks=blocks, align_wait=settings.max_align_wait / 1000,
+        prompt_wait=settings.max_prompt_wait / 1000,
+    )  # fmt: skip
 
 
 def _prefill_tokens(settings: Settings, balanced: int) -> tuple[int, int]:

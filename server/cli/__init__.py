@@ -19,9 +19,10 @@ bench.bench.command("serve")(bench_serve.serve)
 bench.bench.command("grouping")(bench_grouping.grouping)
 
 
-# Of GNU's OpenMP, which torch for CPUs computes with: how often a thread that waits for others looks before it sleeps.
-# Its own default is milliseconds, in which the threads that are waited for may lack the core that is looked on from:
-# beside other work, an event loop included, decoding took many times as long (README, "Speed").
+# Of GNU's OpenMP, which torch's own loops on CPUs run in: how often a thread that waits for others looks before it
+# sleeps. Its own default is milliseconds, in which the threads that are waited for may lack the core that is looked on
+# from: beside other work, an event loop included, decoding took many times as long before the kernels had threads of
+# their own, and without them still does.
 _LOOKS = "10000"
 
 

@@ -40,8 +40,10 @@ def audit(
             raise ValueError(f"mode: {unknown[0]!r} is not one of {', '.join(MODES)}")
         if plot is not None:
             check_plotting()
-        flags = {"dtype": dtype, "kernels": kernels, "group_fill": group_fill, "log_level": "error"}
-        flags["max_prompt_wait"] = "0"  # all attacks of a run come at once: nobody else is to be waited for
+        flags = {
+            "dtype": dtype, "kernels": kernels, "group_fill": group_fill, "log_level": "error",
+            "max_prompt_wait": "0",  # all attacks of a run come at once: nobody else is to be waited for
+        }  # fmt: skip
         settings = read_settings(flags if model is None else {**flags, "model": model}, None)
         results = []
         for name in MODES:

@@ -32,14 +32,13 @@ class Gathering:
     def __init__(self, group_size: int, wait: float, clock: Callable[[], float]) -> None:
         self._group_size, self._wait, self._clock = group_size, wait, clock
         self._arrivals: dict[str, _Arrivals] = {}  # by tenant
-        self._since: dict[Sequence, float] = {}  # of those held back: their first chance
+        self._since: dict[Sequence, float] = {}  # of those that have not begun: their first chance
         self._began = 0.0
         self._cost = _Slope()
 
     def arrived(self, request: EngineRequest) -> None:
         if request.privacy is None:
-            now = self._clock()
-            self._arrivals.setdefault(request.tenant, _Arrivals(now)).add(now, _LONGEST_GAP * self._wait)
+            self._arrivals.setdefault(request.tenant, _Arrivals()).add(self._clock(), _LONGEST_GAP * self._wait)
 
     def hold(self, prompts: Iterable[Sequence], others: int) -> set[Sequence]:
         """A step begins: those of ``prompts`` that stay out of it, none unless ``others`` run."""
@@ -53,7 +52,7 @@ class Gathering:
 
     def step_ended(self, plan: Plan) -> None:
         """The step that ``hold`` began is computed."""
-        if not any(not chunk.decodes for chunk in plan.private):
+        if all(chunk.decodes for chunk in plan.private):  # private prompts take time of their own
             self._cost.add(prompt_groups(plan, self._group_size), self._clock() - self._began)
 
     def _worth_it(self, tenant: str, sequences: list[Sequence], others: int, now: float) -> bool:
@@ -61,8 +60,8 @@ class Gathering:
         count = len(sequences)
         waited = [now - self._since[sequence] for sequence in sequences]
         # Only positions that both have are shared with another prompt.
-        delay = others * self._cost.per_unit * min(len(sequence.prompt) for sequence in sequences)
-        gap = self._arrivals[tenant].gap if tenant in self._arrivals else None
+        delay = others * self._cost.per_group * min(len(sequence.prompt) for sequence in sequences)
+        gap = self._arrivals[tenant].gap
         if gap is None or count >= self._group_size or max(waited) >= self._wait or sum(waited) >= delay:
             return False
         return one_more_is_worth_it(count, gap, delay)
@@ -84,15 +83,14 @@ def prompt_groups(plan: Plan, group_size: int) -> int:
 
 @dataclass
 class _Arrivals:
-    last: float
+    last: float | None = None
     gap: float | None = None  # seconds between requests, smoothed; None: there was only one
-    count: int = 0
 
     def add(self, now: float, longest: float) -> None:
-        if self.count:
+        if self.last is not None:
             new = min(now - self.last, longest)
             self.gap = new if self.gap is None else self.gap + _NEWEST_GAP * (new - self.gap)
-        self.last, self.count = now, self.count + 1
+        self.last = now
 
 
 class _Slope:
@@ -111,7 +109,7 @@ class _Slope:
         self._product += new * (groups * seconds - self._product)
 
     @property
-    def per_unit(self) -> float:
+    def per_group(self) -> float:
         """0 while all steps were alike."""
         spread = self._square - self._groups * self._groups
         if spread <= 1e-9 * self._square:

@@ -4,8 +4,7 @@ out plainly, and against its bounds."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,48 +16,27 @@ from server.config import read_settings
 from server.engine.alignment import Alignment
 from server.engine.block_manager import BlockManager
 from server.engine.plan import Plan
-from server.engine.request import EngineRequest, Privacy, SamplingParams, Sequence, Status
+from server.engine.request import EngineRequest, SamplingParams, Sequence, Status
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.loading import build_engine
 from tests.server.engine.traffic import SMALL
+from tests.server.engine.virtual import Coming, World, arrivals
 
 GROUP = 3
 
 
-@dataclass
-class World:
-    """A scheduler whose steps take ``seconds`` each; tokens are all 0."""
+def world_of(wait: float, seconds: Iterator[float]) -> World:
+    """Steps take ``seconds``, one after the other."""
 
-    wait: float
-    seconds: Iterator[float]
-    now: float = 0.0
-    sequences: list[Sequence] = field(default_factory=list)
+    def scheduler(clock: Callable[[], float]) -> Scheduler:
+        return Scheduler(BlockManager(400, 16), SchedulerLimits(40, 64), Alignment(GROUP, wait, clock))
 
-    def __post_init__(self) -> None:
-        alignment = Alignment(GROUP, self.wait, lambda: self.now)
-        self.scheduler = Scheduler(BlockManager(400, 16), SchedulerLimits(40, 64), alignment)
+    return World(scheduler, lambda _: next(seconds))
 
-    def add(self, prompt: int, output: int, *, n: int = 1, tenant: str = "", private: bool = False) -> list[Sequence]:
-        privacy = Privacy(0.0, 0.0) if private else None
-        name, sampling = f"r{len(self.sequences)}", SamplingParams(max_tokens=output, seed=0)
-        added = self.scheduler.add(EngineRequest(name, ((0,) * prompt,), sampling, n, privacy, tenant))
-        self.sequences += added
-        return added
 
-    def step(self) -> Plan:
-        plan = self.scheduler.schedule()
-        self.now += next(self.seconds)
-        self.scheduler.advance(plan)
-        for chunk in plan.sampling:
-            chunk.sequence.token_ids.append(0)
-            if chunk.sequence.output_length >= chunk.sequence.sampling.max_tokens:
-                self.scheduler.finish(chunk.sequence)
-        self.scheduler.check_integrity()
-        return plan
-
-    def ready(self) -> list[Sequence]:
-        """Could decode now."""
-        return [s for s in self.sequences if s.status is Status.RUNNING and not s.prefilling]
+def ready_in(world: World) -> list[Sequence]:
+    """Those who could decode now."""
+    return [s for s in world.sequences if s.status is Status.RUNNING and not s.prefilling]
 
 
 def always(seconds: float) -> Iterator[float]:
@@ -71,35 +49,22 @@ def left_out(plan: Plan, ready: list[Sequence]) -> list[Sequence]:
     return [sequence for sequence in ready if sequence not in taken]
 
 
-requests = st.lists(
-    st.tuples(
-        st.integers(0, 12),  # steps until it comes
-        st.integers(1, 24),  # prompt
-        st.integers(1, 16),  # output
-        st.integers(1, 4),  # n
-        st.sampled_from(["", "b"]),
-        st.booleans(),
-    ),
-    min_size=1,
-    max_size=9,
-)
-
-
-@given(requests, st.sampled_from([0.0, 0.5, 3.0, 7.0, 1000.0]), st.integers(0, 2**32), st.booleans())
+@given(
+    arrivals(steps=12, prompt=24, n=4, most=9), st.sampled_from([0.0, 0.5, 3.0, 7.0, 1000.0]), st.integers(0, 2**32),
+    st.booleans(),
+)  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_nobody_is_held_beyond_the_bound_or_for_nothing(
-    wanted: list[tuple[int, int, int, int, str, bool]], wait: float, seed: int, steady: bool
+    wanted: list[Coming], wait: float, seed: int, steady: bool
 ) -> None:
     rng = random.Random(seed)
-    world = World(wait, (1.0 if steady else rng.uniform(0.0, 3.0) for _ in iter(int, 1)))
+    world = world_of(wait, (1.0 if steady else rng.uniform(0.0, 3.0) for _ in iter(int, 1)))
     coming = sorted(wanted)
     first_chance: dict[Sequence, float] = {}
     number = 0
     while coming or not world.scheduler.idle:
-        while coming and coming[0][0] <= number:
-            _, prompt, output, n, tenant, private = coming.pop(0)
-            world.add(prompt, output, n=n, tenant=tenant, private=private)
-        ready, began = world.ready(), world.now
+        world.add_due(coming, number)
+        ready, began = ready_in(world), world.now
         for sequence in ready:
             first_chance.setdefault(sequence, began)
         if ready and rng.random() < 0.05:
@@ -121,13 +86,13 @@ def test_nobody_is_held_beyond_the_bound_or_for_nothing(
         number += 1
         # Without a wait everything is done after so many steps; with one, each request may add its way.
         assert number < 13 + sum(prompt + output for _, prompt, output, _, _, _ in wanted) * 3
-    assert all(sequence.status is Status.FINISHED for sequence in world.sequences)
+    assert world.finished()
 
 
-def expected_to_wait(world: World, sequence: Sequence, since: float) -> bool:
+def expected_to_wait(world: World, wait: float, sequence: Sequence, since: float) -> bool:
     """The rule for a single request with one step a second, by looking at every group under way."""
     groups: dict[int, list[Sequence]] = {}
-    for other in world.ready():
+    for other in ready_in(world):
         if other is not sequence and not other.private and other.request.tenant == sequence.request.tenant:
             groups.setdefault(other.computed, []).append(other)
     target = len(sequence.prompt)
@@ -139,7 +104,7 @@ def expected_to_wait(world: World, sequence: Sequence, since: float) -> bool:
     if has_room(target):
         return False
     return any(
-        has_room(position) and world.now + (target - position) <= since + world.wait
+        has_room(position) and world.now + (target - position) <= since + wait
         for position in groups
         if position < target
     )
@@ -155,7 +120,7 @@ def expected_to_wait(world: World, sequence: Sequence, since: float) -> bool:
 def test_a_late_request_waits_exactly_as_long_as_the_rule_says(
     others: list[tuple[int, int, bool]], prompt: int, delay: int, wait: int
 ) -> None:
-    world = World(float(wait), always(1.0))
+    world = world_of(float(wait), always(1.0))
     for length, output, private in others:
         world.add(length, output, private=private)
     while any(s.prefilling or s.output_length < 2 for s in world.sequences if s.status is not Status.FINISHED):
@@ -166,13 +131,13 @@ def test_a_late_request_waits_exactly_as_long_as_the_rule_says(
     world.step()
     since = world.now
     while late.output_length == 1:
-        waits = expected_to_wait(world, late, since)
-        ready = world.ready()
+        waits = expected_to_wait(world, wait, late, since)
+        ready = ready_in(world)
         assert (late in left_out(world.step(), ready)) == waits
 
 
 def test_a_request_waits_and_then_decodes_at_the_same_position() -> None:
-    world = World(20.0, always(1.0))
+    world = world_of(20.0, always(1.0))
     (early,) = world.add(4, 30)
     for _ in range(3):
         world.step()
@@ -185,7 +150,7 @@ def test_a_request_waits_and_then_decodes_at_the_same_position() -> None:
 
 def test_nobody_waits_when_alone_nor_for_a_private_request_nor_for_one_that_ends_before() -> None:
     for output, private in ((30, True), (4, False)):
-        world = World(100.0, always(1.0))
+        world = world_of(100.0, always(1.0))
         world.add(4, output, private=private)
         world.step()
         (late,) = world.add(12, 3)
@@ -202,7 +167,7 @@ def begin(world: World, *prompts: int, n: int = 1) -> list[list[Sequence]]:
 
 
 def test_the_wait_counts_from_the_first_chance_whoever_is_waited_for() -> None:
-    world = World(8.0, always(1.0))
+    world = world_of(8.0, always(1.0))
     ((near,),) = begin(world, 10)
     world.step()
     ((far,),) = begin(world, near.computed + 1 - 3)
@@ -218,13 +183,13 @@ def test_the_wait_counts_from_the_first_chance_whoever_is_waited_for() -> None:
 
 
 def test_requests_wait_only_for_as_many_places_as_there_are() -> None:
-    world = World(50.0, always(1.0))
+    world = world_of(50.0, always(1.0))
     begin(world, 5, 5)
     world.step()
     ((one, two),) = begin(world, 15, n=2)
     world.step()
     assert one.output_length == two.output_length == 2, "a pair finds one place"
-    world = World(50.0, always(1.0))
+    world = world_of(50.0, always(1.0))
     begin(world, 5)
     world.step()
     (first,), (second,), (third,) = begin(world, 15, 15, 15)
@@ -233,7 +198,7 @@ def test_requests_wait_only_for_as_many_places_as_there_are() -> None:
 
 
 def test_who_begins_in_this_step_is_waited_for_too() -> None:
-    world = World(50.0, always(1.0))
+    world = world_of(50.0, always(1.0))
     (lower,), (upper,) = begin(world, 10, 12)
     world.step()
     assert (lower.output_length, upper.output_length) == (2, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,45 +19,24 @@ from server.engine.block_manager import BlockManager
 from server.engine.gathering import Gathering, _Slope, one_more_is_worth_it, prompt_groups
 from server.engine.grouping import GroupingPolicy
 from server.engine.plan import Chunk, Plan
-from server.engine.request import EngineRequest, Privacy, SamplingParams, Sequence, Status
+from server.engine.request import EngineRequest, SamplingParams, Sequence, Status
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.loading import build_engine
 from tests.server.engine.traffic import SMALL
+from tests.server.engine.virtual import Coming, World, arrivals
 
 GROUP = 4
 BASE, PER_GROUP = 1.0, 0.5  # seconds of a step, and of each group of prompt tokens in it
 
 
-@dataclass
-class World:
-    """A scheduler whose steps take what their groups of prompt tokens make them take; tokens are all 0."""
+def world_of(wait: float) -> World:
+    """Steps take what their groups of prompt tokens make them take."""
 
-    wait: float
-    now: float = 0.0
-    sequences: list[Sequence] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        gathering = Gathering(GROUP, self.wait, lambda: self.now)
+    def scheduler(clock: Callable[[], float]) -> Scheduler:
         limits = SchedulerLimits(60, 40, cohort=GROUP)
-        self.scheduler = Scheduler(BlockManager(900, 16), limits, gathering=gathering)
+        return Scheduler(BlockManager(900, 16), limits, gathering=Gathering(GROUP, wait, clock))
 
-    def add(self, prompt: int, output: int, *, n: int = 1, tenant: str = "", private: bool = False) -> list[Sequence]:
-        privacy = Privacy(0.0, 0.0) if private else None
-        name, sampling = f"r{len(self.sequences)}", SamplingParams(max_tokens=output, seed=0)
-        added = self.scheduler.add(EngineRequest(name, ((0,) * prompt,), sampling, n, privacy, tenant))
-        self.sequences += added
-        return added
-
-    def step(self) -> Plan:
-        plan = self.scheduler.schedule()
-        self.now += BASE + PER_GROUP * prompt_groups(plan, GROUP)
-        self.scheduler.advance(plan)
-        for chunk in plan.sampling:
-            chunk.sequence.token_ids.append(0)
-            if chunk.sequence.output_length >= chunk.sequence.sampling.max_tokens:
-                self.scheduler.finish(chunk.sequence)
-        self.scheduler.check_integrity()
-        return plan
+    return World(scheduler, lambda plan: BASE + PER_GROUP * prompt_groups(plan, GROUP))
 
 
 @given(st.floats(0.001, 10.0), st.floats(0.0, 100.0))
@@ -90,41 +69,23 @@ def test_what_a_group_costs_is_found(groups: list[int], per_group: float, base: 
     for count in groups:
         slope.add(count, base + per_group * count)
     if len(set(groups)) == 1:
-        assert slope.per_unit == pytest.approx(0.0, abs=1e-3)
+        assert slope.per_group == pytest.approx(0.0, abs=1e-3)
     else:
-        assert slope.per_unit == pytest.approx(per_group, rel=1e-3)
+        assert slope.per_group == pytest.approx(per_group, rel=1e-3)
     for count in range(400):  # steps become twice as fast
         slope.add(count % 7, (base + per_group * (count % 7)) / 2)
-    assert slope.per_unit == pytest.approx(per_group / 2, rel=1e-3)
+    assert slope.per_group == pytest.approx(per_group / 2, rel=1e-3)
 
 
-requests = st.lists(
-    st.tuples(
-        st.integers(0, 30),  # steps until it comes
-        st.integers(1, 50),  # prompt
-        st.integers(1, 16),  # output
-        st.integers(1, 3),  # n
-        st.sampled_from(["", "b"]),
-        st.booleans(),
-    ),
-    min_size=1,
-    max_size=16,
-)
-
-
-@given(requests, st.sampled_from([0.5, 5.0, 30.0, 1e6]), st.integers(0, 2**32))
+@given(arrivals(steps=30, prompt=50, n=3, most=16), st.sampled_from([0.5, 5.0, 30.0, 1e6]), st.integers(0, 2**32))
 @settings(max_examples=200, deadline=None)
-def test_nobody_waits_beyond_the_bounds_or_for_nothing(
-    wanted: list[tuple[int, int, int, int, str, bool]], wait: float, seed: int
-) -> None:
-    rng, world = random.Random(seed), World(wait)
+def test_nobody_waits_beyond_the_bounds_or_for_nothing(wanted: list[Coming], wait: float, seed: int) -> None:
+    rng, world = random.Random(seed), world_of(wait)
     coming = sorted(wanted)
     first_chance: dict[Sequence, float] = {}
     number = 0
     while coming or not world.scheduler.idle:
-        while coming and coming[0][0] <= number:
-            _, prompt, output, n, tenant, private = coming.pop(0)
-            world.add(prompt, output, n=n, tenant=tenant, private=private)
+        world.add_due(coming, number)
         running = [s for s in world.sequences if s.status is Status.RUNNING]
         if running and rng.random() < 0.05:
             world.scheduler.finish(rng.choice(running))
@@ -143,12 +104,12 @@ def test_nobody_waits_beyond_the_bounds_or_for_nothing(
                 assert all(began < first_chance[s] + wait for s in same)
         number += 1
         assert number < 40 + sum(n * (prompt + output) for _, prompt, output, n, _, _ in wanted) * 3
-    assert all(sequence.status is Status.FINISHED for sequence in world.sequences)
+    assert world.finished()
 
 
 def busy_world(wait: float, *, gap: int, tenant: str = "") -> World:
     """Ten requests under way; then one every ``gap`` steps until that rate is known, whose prompts are computed."""
-    world = World(wait)
+    world = world_of(wait)
     for _ in range(10):
         world.add(8, 500, tenant=tenant)
     for _ in range(4):
