@@ -107,27 +107,12 @@ class Scheduler:
         self._admit()
         held = self._alignment.hold(self._running) if self._alignment is not None else ()
         decoding = [Chunk(s, s.computed, 1) for s in self._running if not s.prefilling and s not in held]
-        public = [chunk for chunk in decoding if not chunk.sequence.private]
-        private = [chunk for chunk in decoding if chunk.sequence.private]
-        budget = self.limits.prefill_tokens
-        private_budget = self.limits.private_prefill_tokens or budget
-        prompts = [s for s in self._running if s.prefilling]
-        if self._gathering is not None:
-            begun = sum(s.computed > 0 for s in prompts)
-            gathering = self._gathering.hold(prompts, len(decoding) + begun)
-            prompts = [s for s in prompts if s not in gathering]
-        if prompts and prompts[0].private:  # the oldest goes first, whichever kind it is
-            private_chunks = list(_private_chunks(prompts, min(budget, private_budget)))
-            budget -= sum(chunk.length for chunk in private_chunks)
-            public_chunks = list(_public_chunks(prompts, budget, self.limits.cohort))
-        else:
-            public_chunks = list(_public_chunks(prompts, budget, self.limits.cohort))
-            budget -= sum(chunk.length for chunk in public_chunks)
-            private_chunks = list(_private_chunks(prompts, min(budget, private_budget)))
-        public += public_chunks
+        public, private = self._prompt_chunks(len(decoding))
+        public += [chunk for chunk in decoding if not chunk.sequence.private]
         public.sort(key=lambda chunk: chunk.sequence.arrival)
+        private = [chunk for chunk in decoding if chunk.sequence.private] + private
         plan = Plan(
-            tuple(public), tuple(private + private_chunks), swap_out=tuple(self._swap_out),
+            tuple(public), tuple(private), swap_out=tuple(self._swap_out),
             zero_blocks=tuple(self._zero), swap_in=tuple(self._swap_in), swap_drop=tuple(self._swap_drop),
             reused_tokens=self._reused,
         )  # fmt: skip
@@ -135,6 +120,22 @@ class Scheduler:
         for done in (self._swap_out, self._zero, self._swap_in, self._swap_drop):
             done.clear()
         return plan
+
+    def _prompt_chunks(self, decoding: int) -> tuple[list[Chunk], list[Chunk]]:
+        """Of public and of private prompts, beside so many sequences that decode."""
+        prompts = [s for s in self._running if s.prefilling]
+        if self._gathering is not None:
+            waiting = self._gathering.hold(prompts, decoding + sum(s.computed > 0 for s in prompts))
+            prompts = [s for s in prompts if s not in waiting]
+        budget = self.limits.prefill_tokens
+        private_budget = self.limits.private_prefill_tokens or budget
+        if prompts and prompts[0].private:  # the oldest goes first, whichever kind it is
+            private = list(_private_chunks(prompts, min(budget, private_budget)))
+            budget -= sum(chunk.length for chunk in private)
+            return list(_public_chunks(prompts, budget, self.limits.cohort)), private
+        public = list(_public_chunks(prompts, budget, self.limits.cohort))
+        budget -= sum(chunk.length for chunk in public)
+        return public, list(_private_chunks(prompts, min(budget, private_budget)))
 
     def _admit(self) -> None:
         """In order of priority and arrival, as long as places and blocks last; nothing overtakes."""
