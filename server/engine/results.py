@@ -6,6 +6,7 @@ Knows sequences and text, no tensors beyond handing prompt logits to the sampler
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ from server.engine.request import Delta, FinishReason, Receipt, Sequence, Status
 from server.engine.sampler import SampledToken, Sampler
 from server.engine.scheduler import Scheduler
 
-# Pieces of news that a server and its clients can take beside an engine on the same two cores.
-_MOST_NEWS = 2000.0  # a second
+# Pieces of news a second that a server and its clients can take beside an engine on the same cores, for each of these;
+# and that one event loop can take at all beside its other work.
+_NEWS_A_CORE, _MOST_NEWS = 500.0, 4000.0
 _TOO_MANY = 1.5  # times that, above which any are held back: a load about the limit shall not go to and fro
 _LONGEST_WAIT = 0.1  # seconds: less is not seen as a wait (Miller 1968, Nielsen 1993)
 _SMOOTHING = 0.1  # weight of the newest step's time
@@ -29,8 +31,10 @@ class Pace:
     second as many as keep to it, but never so many that a token waits longer than ``longest`` seconds at the speed of
     late."""
 
-    def __init__(self, most: float = _MOST_NEWS, longest: float = _LONGEST_WAIT) -> None:
-        self._most, self._longest, self._seconds = most, longest, 0.0
+    def __init__(self, most: float | None = None, longest: float = _LONGEST_WAIT) -> None:
+        """``most`` by default as many as the cores that this process may use can take."""
+        self._most = most or min(_MOST_NEWS, _NEWS_A_CORE * _cores())
+        self._longest, self._seconds = longest, 0.0
         self.interval = 1
 
     def on_step(self, sequences: int, seconds: float) -> None:
@@ -40,6 +44,11 @@ class Pace:
         excess = sequences / (self._most * self._seconds)
         wanted = math.ceil(excess) if excess > _TOO_MANY else 1
         self.interval = max(1, min(wanted, math.floor(self._longest / self._seconds)))
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(slots=True)
