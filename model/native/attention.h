@@ -45,9 +45,16 @@ void keep(const float* qkv, const int64_t* slots, W* keys, W* values, long rows,
     });
 }
 
-// Where the i-th of TWO numbers is in that order.
-inline long place_of(const float*, long i) { return i; }
-inline long place_of(const bf16*, long i) { return i / 2 + i % 2 * LANES; }
+// Whole numbers of TWO into that order, or back.
+inline void reorder(const float* from, float* to, long count, const float*, bool) { std::copy(from, from + count, to); }
+inline void reorder(const float* from, float* to, long count, const bf16*, bool back) {
+    for (long begin = 0; begin < count; begin += TWO, from += TWO, to += TWO) {
+        if (back)
+            for (long i = 0; i < LANES; ++i) to[2 * i] = from[i], to[2 * i + 1] = from[i + LANES];
+        else
+            for (long i = 0; i < LANES; ++i) to[i] = from[2 * i], to[i + LANES] = from[2 * i + 1];
+    }
+}
 
 // The sums of LANES vectors.
 inline vec sums_of(vec* v) {
@@ -75,12 +82,15 @@ inline vec sums_of(vec* v) {
 #endif
 }
 
-// One task's share of a row: some heads over all places.
-template <class W>
+// One task's share of a row: some heads over all places. V: a head is so many times TWO, 0: it is of any size.
+template <class W, int V>
 struct Heads {
     const W *keys, *values;  // of the first of these heads
     const int64_t* table;
-    long count, size, length, stride, block_size;
+    long count, any_size, length, stride, block_size;
+
+    long size() const { return V ? V * TWO : any_size; }
+    long whole() const { return size() / TWO * TWO; }
 
     const W* at(const W* side, long place) const {
         return side + (table[place / block_size] * block_size + place % block_size) * stride;
@@ -96,60 +106,57 @@ struct Heads {
         }
     }
 
-    // One head's part of some places.
-    void fetch(const W* block, long places, long h) const {
-        for (long t = 0; t < places; ++t)
-            for (long i = 0; i < size; i += 64 / long(sizeof(W)))
-                __builtin_prefetch(block + t * stride + h * size + i, 0, 3);
+    // One head's part of a place.
+    void fetch(const W* place) const {
+        for (long i = 0; i < size(); i += 64 / long(sizeof(W))) __builtin_prefetch(place + i, 0, 3);
     }
 
-    // One head's scores of LANES places at most.
-    void scores(const float* query, const W* block, long places, float* to) const {
-        const long whole = size / TWO * TWO;
-        vec totals[LANES] = {};
-        for (long t = 0; t < places; ++t) {
-            const W* key = block + t * stride;
+    // One head's scores of LANES places at most, to LANES numbers; next: where its places are that come after them.
+    void scores(const float* query, const W* block, long places, const W* next, float* to) const {
+        vec totals[LANES];
+#pragma GCC unroll 16
+        for (long t = 0; t < LANES; ++t) {
+            fetch(next + t * stride);
+            const W* key = block + std::min(t, places - 1) * stride;  // nobody looks at what is too much
             vec first = {}, second = {}, a, b;
-            for (long i = 0; i < whole; i += TWO) {
+            for (long i = 0; i < whole(); i += TWO) {
                 load_two(key + i, a, b);
                 first = fused(load(query + i), a, first), second = fused(load(query + i + LANES), b, second);
             }
             totals[t] = first + second;
         }
-        const vec found = sums_of(totals);
-        std::memcpy(to, &found, places * sizeof(float));
-        for (long t = 0; t < places; ++t)
-            for (long i = whole; i < size; ++i) to[t] = fused(query[i], value(block + t * stride + i), to[t]);
+        store(to, sums_of(totals));
+        for (long i = whole(); i < size(); ++i)
+            for (long t = 0; t < places; ++t) to[t] = fused(query[i], value(block + t * stride + i), to[t]);
     }
 
-    // Adds one head's values by their weights to sums, whole vectors in order.
-    template <int V>
+    // Adds one head's values by their weights to sums, N times TWO numbers in order.
+    template <int N>
     void add_vectors(const float* weights, const W* block, long places, float* sums) const {
-        vec total[2 * V], a, b;
-        for (int v = 0; v < 2 * V; ++v) total[v] = load(sums + v * LANES);
+        vec total[2 * N], a, b;
+        for (int v = 0; v < 2 * N; ++v) total[v] = load(sums + v * LANES);
         for (long t = 0; t < places; ++t) {
             const vec w = broadcast(weights[t]);
-            for (int v = 0; v < V; ++v) {
+            for (int v = 0; v < N; ++v) {
                 load_two(block + t * stride + v * TWO, a, b);
                 total[2 * v] = fused(w, a, total[2 * v]), total[2 * v + 1] = fused(w, b, total[2 * v + 1]);
             }
         }
-        for (int v = 0; v < 2 * V; ++v) store(sums + v * LANES, total[v]);
+        for (int v = 0; v < 2 * N; ++v) store(sums + v * LANES, total[v]);
     }
-    void add_values(const float* weights, const W* block, long places, float* sums) const {
+    void add_values(const float* weights, const W* block, long places, const W* next, float* sums) const {
+        for (long t = 0; t < places; ++t) fetch(next + t * stride);
         long i = 0;
-        for (; i + 2 * TWO <= size; i += 2 * TWO) add_vectors<2>(weights, block + i, places, sums + i);
-        for (; i + TWO <= size; i += TWO) add_vectors<1>(weights, block + i, places, sums + i);
-        for (; i < size; ++i)
+        for (; i + 2 * TWO <= size(); i += 2 * TWO) add_vectors<2>(weights, block + i, places, sums + i);
+        for (; i + TWO <= size(); i += TWO) add_vectors<1>(weights, block + i, places, sums + i);
+        for (; i < size(); ++i)
             for (long t = 0; t < places; ++t) sums[i] = fused(weights[t], value(block + t * stride + i), sums[i]);
     }
 
     // Numbers of one head in the order of vectors, or back; the rest stays in its place.
     void in_order(const float* from, float* to, bool back) const {
-        for (long i = 0; i < size; ++i) {
-            const long first = i / TWO * TWO, place = first + TWO <= size ? first + place_of(keys, i - first) : i;
-            to[back ? i : place] = from[back ? place : i];
-        }
+        reorder(from, to, whole(), keys, back);
+        std::copy(from + whole(), from + size(), to + whole());
     }
 };
 
@@ -170,28 +177,24 @@ inline float exponentials(float* scores, long length, float scale) {
     return total;
 }
 
-template <class W>
-void attend_heads(const Heads<W>& heads, const float* queries, std::vector<float>& memory, float* out) {
-    const long size = heads.size, length = heads.length;
-    memory.resize(std::max<size_t>(memory.size(), heads.count * (length + size)));
-    float *weights = memory.data(), *ordered = weights + heads.count * length;
+template <class W, int V>
+void attend_heads(const Heads<W, V>& heads, const float* queries, std::vector<float>& memory, float* out) {
+    const long size = heads.size(), length = heads.length, span = length + LANES;  // scores come LANES at once
+    memory.resize(std::max<size_t>(memory.size(), heads.count * (span + size)));
+    float *weights = memory.data(), *ordered = weights + heads.count * span;
     for (long h = 0; h < heads.count; ++h) heads.in_order(queries + h * size, ordered + h * size, false);
     const W* first = heads.at(heads.values, 0);
     heads.each_part(heads.keys, LANES, first, [&](const W* keys, long begin, long places, const W* next) {
-        for (long h = 0; h < heads.count; ++h) {
-            heads.fetch(next, places, h);
-            heads.scores(ordered + h * size, keys + h * size, places, weights + h * length + begin);
-        }
+        for (long h = 0; h < heads.count; ++h)
+            heads.scores(ordered + h * size, keys + h * size, places, next + h * size, weights + h * span + begin);
     });
     std::vector<float> totals(heads.count);
     for (long h = 0; h < heads.count; ++h)
-        totals[h] = exponentials(weights + h * length, length, 1.0f / std::sqrt(float(size)));
+        totals[h] = exponentials(weights + h * span, length, 1.0f / std::sqrt(float(size)));
     std::fill(ordered, ordered + heads.count * size, 0.0f);
     heads.each_part(heads.values, LANES, first, [&](const W* values, long begin, long places, const W* next) {
-        for (long h = 0; h < heads.count; ++h) {
-            heads.fetch(next, places, h);
-            heads.add_values(weights + h * length + begin, values + h * size, places, ordered + h * size);
-        }
+        for (long h = 0; h < heads.count; ++h)
+            heads.add_values(weights + h * span + begin, values + h * size, places, next + h * size, ordered + h * size);
     });
     for (long h = 0; h < heads.count; ++h) {
         for (long i = 0; i < size; ++i) ordered[h * size + i] /= totals[h];
@@ -202,9 +205,10 @@ void attend_heads(const Heads<W>& heads, const float* queries, std::vector<float
 constexpr long ATTENTION_TASKS = 16;  // fewer rows share their heads out
 
 // Queries lie apart floats from each other.
-template <class W>
-void attend(const float* queries, long apart, const W* keys, const W* values, const int64_t* tables,
-            const int64_t* lengths, float* out, long rows, long heads, long size, long table_width, long block_size) {
+template <class W, int V>
+void attend_sized(const float* queries, long apart, const W* keys, const W* values, const int64_t* tables,
+                  const int64_t* lengths, float* out, long rows, long heads, long size, long table_width,
+                  long block_size) {
     const long stride = heads * size, parts = std::max(1L, std::min(heads, ATTENTION_TASKS / std::max(1L, rows)));
     const long share = (heads + parts - 1) / parts;
     together(true, [&](Member& member) {
@@ -213,11 +217,21 @@ void attend(const float* queries, long apart, const W* keys, const W* values, co
             const long row = task / parts, part = task % parts;
             const long first = std::min(heads, part * share), count = std::min(heads, first + share) - first;
             const long at = first * size;
-            const Heads<W> some{keys + at, values + at, tables + row * table_width,
-                                count, size, lengths[row], stride, block_size};
+            const Heads<W, V> some{keys + at, values + at, tables + row * table_width,
+                                   count, size, lengths[row], stride, block_size};
             if (count > 0) attend_heads(some, queries + row * apart + at, memory, out + row * stride + at);
         });
     });
+}
+
+template <class W, class... Rest>
+void attend(const float* queries, long apart, const W* keys, const W* values, const int64_t* tables,
+            const int64_t* lengths, float* out, long rows, long heads, long size, Rest... rest) {
+    const auto run = size == TWO       ? attend_sized<W, 1>
+                     : size == 2 * TWO ? attend_sized<W, 2>
+                     : size == 4 * TWO ? attend_sized<W, 4>
+                                       : attend_sized<W, 0>;
+    run(queries, apart, keys, values, tables, lengths, out, rows, heads, size, rest...);
 }
 
 }  // namespace
