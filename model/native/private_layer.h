@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "experts.h"
+#include "mixing.h"
 
 extern "C" {
 
@@ -45,46 +45,47 @@ struct PrivateLayer {
 
 namespace {
 
+// Each expert sees the member with the highest score alone: merge [E, G] and emit [E] of ones and zeros.
+inline void choose(const PrivateLayer& l, bool unmixed, const float* own, const float* scores, float* merge,
+                   float* emit) {
+    const long others = l.members > 0 ? l.members - 1 : 0, rivals = unmixed ? std::min<long>(l.rivals, others) : others;
+    std::fill(merge, merge + l.E * (others + 1), 0.0f);
+    for (long e = 0; e < l.E; ++e, merge += others + 1) {
+        const float *theirs = scores + e * l.members + 1, *best = std::max_element(theirs, theirs + rivals);
+        const bool wins = rivals == 0 || (unmixed ? own[e] > *best : own[e] >= *best);
+        if (wins) merge[0] = 1;
+        else if (!unmixed) merge[1 + (best - theirs)] = 1;
+        emit[e] = merge[0];
+    }
+}
+
+// Softmax over the members, of LANES experts at once. Returns the sum of the experts' entropies.
+inline double soften(const PrivateLayer& l, float T, const float* own, const float* scores, float* merge, float* emit) {
+    const long size = std::max<long>(l.members, 1);
+    std::vector<float> weights(size * LANES);
+    double spent = 0;
+    for (long first = 0; first < l.E; first += LANES) {
+        const long count = std::min(LANES, l.E - first);
+        for (long i = 0; i < count; ++i) {
+            weights[i] = own[first + i];
+            for (long j = 1; j < size; ++j) weights[j * LANES + i] = scores[(first + i) * size + j];
+        }
+        spent += mix_some<true>(weights.data(), size, LANES, count, T);
+        for (long i = 0; i < count; ++i) {
+            for (long j = 0; j < size; ++j) merge[(first + i) * size + j] = weights[j * LANES + i];
+            emit[first + i] = weights[i];
+        }
+    }
+    return spent;
+}
+
 // Weights of one row's group for every expert: merge [E, G] and emit [E]. Returns the row's mean normalised entropy.
 inline float mixing_weights(const PrivateLayer& l, long row, const float* scores, float* merge, float* emit) {
-    const long others = l.members > 0 ? l.members - 1 : 0, size = others + 1;
-    const float T = l.temperatures[row];
-    const float* own = l.own + row * l.E;
+    const float T = l.temperatures[row], *own = l.own + row * l.E;
     const bool unmixed = T == 0;
-    const long rivals = unmixed ? std::min<long>(l.rivals, others) : others;
     double spent = 0;
-    std::vector<float> z(size);
-    for (long e = 0; e < l.E; ++e) {
-        float* m = merge + e * size;
-        const float* theirs = scores + e * l.members + 1;
-        float best = -std::numeric_limits<float>::infinity();
-        long holder = 0;
-        for (long j = 0; j < rivals; ++j) {
-            const float s = theirs[j];
-            m[j + 1] = s;
-            if (s > best) best = s, holder = j + 1;
-        }
-        if (unmixed || l.discrete) {
-            const bool wins = rivals == 0 || (unmixed ? own[e] > best : own[e] >= best);
-            std::fill(m, m + size, 0.0f);
-            if (wins) m[0] = 1;
-            else if (!unmixed) m[holder] = 1;
-            emit[e] = m[0];
-            continue;
-        }
-        const float top = std::max(best, own[e]) / T;
-        m[0] = own[e];
-        for (long j = 0; j < size; ++j) m[j] = z[j] = m[j] / T - top;
-        apply(m, size, exponential);
-        float total = 0, weighted = 0;
-        for (long j = 0; j < size; ++j) {
-            total += m[j];
-            weighted += m[j] * z[j];
-        }
-        for (long j = 0; j < size; ++j) m[j] /= total;
-        emit[e] = m[0];
-        if (size > 1) spent += logf(total) - weighted / total;
-    }
+    if (unmixed || l.discrete) choose(l, unmixed, own, scores, merge, emit);
+    else spent = soften(l, T, own, scores, merge, emit);
     if (l.over_experts) {
         const long best = std::max_element(own, own + l.E) - own;
         if (unmixed || l.discrete) {
@@ -96,7 +97,7 @@ inline float mixing_weights(const PrivateLayer& l, long row, const float* scores
         }
     }
     if (l.gated) for (long e = 0; e < l.E; ++e) emit[e] *= own[e];
-    return size > 1 ? float(spent / l.E / std::log(double(size))) : 0.0f;
+    return l.members > 1 ? float(spent / l.E / std::log(double(l.members))) : 0.0f;
 }
 
 // The mix that one expert sees: the row and its rivals by their weights, in order.
