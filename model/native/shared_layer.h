@@ -150,8 +150,10 @@ void shared_layer(const Experts<W>& experts, const SharedLayer& l) {
             const long g = task / parts, begin = task % parts * columns, end = std::min(D, begin + columns);
             all_weighted_sums(l.weights + g * l.G * l.E, l.E, 1, l.answers + g * l.E * D, l.E, D, begin, end,
                               l.out + g * l.G * D, D, l.G);
-            for (long at = g * l.G; at < (g + 1) * l.G; ++at)
-                for (long j = begin; j < end && l.rows[at] != nullptr; ++j) l.rows[at][j] += l.out[at * D + j];
+            for (long at = g * l.G; at < (g + 1) * l.G; ++at) {
+                float* to = l.rows[at];
+                for (long j = begin; to != nullptr && j < end; ++j) to[j] += l.out[at * D + j];
+            }
         });
     });
 }
