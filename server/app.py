@@ -36,11 +36,12 @@ def create_app(
         finally:
             await engine.stop()
 
+    api = Api(engine, settings, model_name, metrics, chat_template or ChatTemplate())
     app = FastAPI(
-        title="motserve", version=package_version(), lifespan=lifespan, openapi_url=None, redirect_slashes=False
-    )
+        title="motserve", version=package_version(), routes=api.routes(), lifespan=lifespan, openapi_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
     install_error_handlers(app)
-    app.include_router(Api(engine, settings, model_name, metrics, chat_template or ChatTemplate()).router())
     # The last one added is the outermost: it counts what the others refuse and catch.
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     if store is not None:
