@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from server.auth import caller_of
 from server.chat import ChatTemplate
@@ -44,9 +44,9 @@ class Api:
         self._fingerprint = system_fingerprint(engine.info)
         self._created = int(time.time())
 
-    def routes(self) -> list[Route]:
-        """Every endpoint, without the framework's parsing and dependencies, which cost more than ours. A new one belongs
-        into ``metrics.ENDPOINTS`` too."""
+    def routes(self) -> list[BaseRoute]:
+        """Every endpoint, without the framework's parsing and dependencies, which take longer than ours. A new one
+        belongs into ``metrics.ENDPOINTS`` too."""
         return [
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
