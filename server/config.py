@@ -86,7 +86,7 @@ class Settings(BaseSettings):
     )  # fmt: skip
     stream_interval: Annotated[int | None, BeforeValidator(parse_automatic)] = Field(
         None, description="tokens an event of a stream holds, but for the first and the last; auto: one, and more "
-        "where streams would otherwise get more than 3000 events a second in all, but none later than 100 ms for that"
+        "where streams would otherwise get more than 750 events a second for each core, but none over 100 ms late"
     )  # fmt: skip
     max_body_bytes: Annotated[int, BeforeValidator(parse_bytes)] = Field(2**20, ge=1, description="larger bodies: 413")
     request_timeout: float = Field(600.0, gt=0, description="seconds until a request is cut off")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,3 +131,11 @@ def test_pace_follows_the_load() -> None:
     for _ in range(100):
         pace.on_step(64, 0.2)
     assert pace.interval == 1
+
+
+@pytest.mark.parametrize(("cores", "interval"), [(1, 20), (2, 10), (8, 3), (64, 3)])
+def test_pace_by_the_cores_there_are(monkeypatch: pytest.MonkeyPatch, cores: int, interval: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    pace = Pace()
+    pace.on_step(50, 0.005)  # 10,000 a second
+    assert pace.interval == interval
