@@ -224,6 +224,7 @@ void attend_sized(const float* queries, long apart, const W* keys, const W* valu
     });
 }
 
+// Of common sizes by what is compiled for them.
 template <class W, class... Rest>
 void attend(const float* queries, long apart, const W* keys, const W* values, const int64_t* tables,
             const int64_t* lengths, float* out, long rows, long heads, long size, Rest... rest) {

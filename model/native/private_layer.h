@@ -45,7 +45,8 @@ struct PrivateLayer {
 
 namespace {
 
-// Each expert sees the member with the highest score alone: merge [E, G] and emit [E] of ones and zeros.
+// Each expert sees the member with the highest score alone: merge [E, G] and emit [E] of ones and zeros. Unmixed, it
+// sees the row where that has the highest score, and nobody else.
 inline void choose(const PrivateLayer& l, bool unmixed, const float* own, const float* scores, float* merge,
                    float* emit) {
     const long others = l.members > 0 ? l.members - 1 : 0, rivals = unmixed ? std::min<long>(l.rivals, others) : others;
